@@ -1,0 +1,1 @@
+//! The in-memory broker and store of hapax: the executable reference.
