@@ -63,6 +63,11 @@ pub trait Broker: Send + Sync + 'static {
 
     /// What this broker, configured as it is, can promise. Constant after `open`.
     fn capabilities(&self) -> Capabilities;
+
+    /// Messages that wait for this consumer, where the broker knows without asking a server. For metrics only.
+    fn lag(&self) -> Option<u64> {
+        None
+    }
 }
 
 #[async_trait]
@@ -84,6 +89,9 @@ impl<B: Broker + ?Sized> Broker for Arc<B> {
     }
     fn capabilities(&self) -> Capabilities {
         (**self).capabilities()
+    }
+    fn lag(&self) -> Option<u64> {
+        (**self).lag()
     }
 }
 

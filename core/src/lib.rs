@@ -4,20 +4,30 @@ pub mod cloudevents;
 pub mod record;
 
 mod broker;
+mod context;
 mod dead_letter;
 mod error;
+mod event;
+mod handler;
 mod message;
+mod observer;
 mod publisher;
+mod retry;
 mod store;
 
 pub use broker::{
     Broker, BrokerOrder, Capabilities, Delivery, Durability, Limits, Origin, Receipt, Session, SessionState,
     Settlement, Want,
 };
+pub use context::{Context, PUBLISHED_MAX, Publish, Stop};
 pub use dead_letter::{DEAD_LETTER_VERSION, DeadLetter, RESERVED_PREFIX, Reason};
 pub use error::{BoxError, Error, ErrorKind, Result};
+pub use event::{Effects, Event, Otherwise, Route};
+pub use handler::{Failure, FailureExt, FailureKind, Handler, IntoFailure, TxHandler};
 pub use message::{Attributes, Defect, DefectKind, Headers, Message, MessageId, MessageLimits};
+pub use observer::{Duplicate, HandlerEnd, Observed, Observer, Side, Verb};
 pub use publisher::{Outgoing, Publisher};
+pub use retry::{Backoff, Over, RetryPolicy};
 pub use store::{
     Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, ProcessedStore, RecordView,
     Recorded, Renewal, Status, StoreAdmin, StoreHealth, Swept, TransactionalStore, Trouble,

@@ -163,8 +163,8 @@ pub fn claim(slot: &mut Option<Record>, request: &ClaimRequest, lease: Duration,
         return Claim::Conflict;
     }
     match &mut record.state {
-        State::Processed { .. } => Claim::Processed,
-        State::DeadLettered { .. } => Claim::DeadLettered,
+        State::Processed { at } => Claim::Processed { ago: now.since(*at) },
+        State::DeadLettered { at, .. } => Claim::DeadLettered { ago: now.since(*at) },
         // The answer to this very claim was lost: the same grant again.
         State::Claimed { until: end } | State::Doomed { until: end, .. } if record.token == request.token => {
             *end = until.max(*end);

@@ -247,9 +247,15 @@ pub enum Claim {
     /// Yours until the lease ends. The history is there from the second claim on.
     Granted(Lease, Option<Box<History>>),
     /// Was processed: a duplicate.
-    Processed,
+    Processed {
+        /// How long ago.
+        ago: Duration,
+    },
     /// Was dead-lettered: a duplicate of a dead letter.
-    DeadLettered,
+    DeadLettered {
+        /// How long ago.
+        ago: Duration,
+    },
     /// Another holds it.
     Held {
         /// At most so long, unless the lease is renewed.
