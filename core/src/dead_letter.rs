@@ -26,7 +26,7 @@ const ATTEMPTS: &str = "hapax-attempts";
 const FIRST: &str = "hapax-first-unix-ms";
 const LAST: &str = "hapax-last-unix-ms";
 const ORIGIN: &str = "hapax-origin";
-const REOPEN: &str = "hapax-reopen";
+pub(crate) const REOPEN: &str = "hapax-reopen";
 
 /// Why a message was set aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -146,6 +146,15 @@ impl DeadLetter {
         }
         headers
     }
+
+    /// Puts [`headers`](Self::headers) on the original ones. Those of an earlier dead letter of the same message go, so
+    /// that it bears one reopen token.
+    pub fn mark(&self, headers: &mut Headers) {
+        headers.retain(|name| !is_reserved(name));
+        for (name, value) in self.headers().iter() {
+            headers.push(name, value.clone());
+        }
+    }
 }
 
 /// Takes the headers of hapax off a message that arrives: the reopen token is kept apart, the rest is not believed.
@@ -157,7 +166,8 @@ pub(crate) fn take_off(message: &mut Message) {
     message.headers.retain(|name| !is_reserved(name));
 }
 
-fn is_reserved(name: &str) -> bool {
+/// Whether a header is one of hapax itself.
+pub(crate) fn is_reserved(name: &str) -> bool {
     name.get(..RESERVED_PREFIX.len()).is_some_and(|prefix| prefix.eq_ignore_ascii_case(RESERVED_PREFIX))
 }
 
@@ -207,6 +217,17 @@ mod tests {
         take_off(&mut message);
         assert_eq!(message.reopen(), NonZeroU64::new(42));
         assert_eq!(message.headers.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["x-tenant"]);
+    }
+
+    #[test]
+    fn a_dead_letter_of_a_dead_letter_bears_one_token() {
+        let mut headers = Headers::new();
+        headers.push("x-tenant", "7");
+        DeadLetter { reopen: NonZeroU64::new(41), ..letter() }.mark(&mut headers);
+        letter().mark(&mut headers);
+        assert_eq!(headers.get_str("x-tenant"), Some("7"));
+        assert_eq!(headers.len(), 1 + letter().headers().len());
+        assert_eq!(headers.get_str(REOPEN), Some("42"));
     }
 
     /// Bug 75 of semantics.md section 4: a forged token is no more than a number that the record must bear out.

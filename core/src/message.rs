@@ -18,6 +18,11 @@ impl Headers {
         Self(Vec::new())
     }
 
+    /// No headers yet, with room for `headers`.
+    pub fn with_capacity(headers: usize) -> Self {
+        Self(Vec::with_capacity(headers))
+    }
+
     /// The first value under `name`. Names are compared byte for byte.
     pub fn get(&self, name: &str) -> Option<&Bytes> {
         self.0.iter().find(|(n, _)| &**n == name).map(|(_, value)| value)
@@ -262,6 +267,22 @@ impl Message {
     /// A message that could not be decoded: `data` is the body as it travelled.
     pub fn defective(headers: Headers, data: Bytes, defect: Defect) -> Self {
         Self { headers, data, defect: Some(Box::new(defect)), ..Self::default() }
+    }
+
+    /// Reads one CloudEvent as a JSON document (structured mode): a line of a JSON Lines file.
+    ///
+    /// Never fails: what does not read is a message with a [`defect`](Self::defect).
+    ///
+    /// ```
+    /// use hapax::{Message, MessageLimits};
+    ///
+    /// let line = r#"{"specversion":"1.0","id":"42","source":"/shop","type":"order.placed","data":{"cents": 1200}}"#;
+    /// let message = Message::from_structured_json(line.into(), &MessageLimits::DEFAULT);
+    /// assert!(message.defect().is_none());
+    /// assert_eq!(message.data.as_ref(), br#"{"cents": 1200}"#);
+    /// ```
+    pub fn from_structured_json(document: Bytes, limits: &MessageLimits) -> Self {
+        crate::cloudevents::decode_document(document, limits)
     }
 
     /// Sets the data and its media type.
