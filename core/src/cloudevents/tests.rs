@@ -99,11 +99,11 @@ fn rabbitmq_reads_three_prefixes() {
 
 #[test]
 fn a_message_without_attributes_is_plain_and_no_defect() {
-    let message = kafka(&[("x-id", "7"), ("content-type", "text/plain")], "hello");
+    let message = kafka(&[("x-id", "7"), ("ce_", "no name"), ("content-type", "text/plain")], "hello");
     assert_eq!(message.defect(), None);
     assert_eq!(message.attributes.content_type.as_deref(), Some("text/plain"));
     assert_eq!(attributes(&message.attributes).count(), 1);
-    assert_eq!(message.headers, headers(&[("x-id", "7")]));
+    assert_eq!(message.headers, headers(&[("x-id", "7"), ("ce_", "no name")]));
     let (written, _) = encode(&message, &Convention::KAFKA);
     assert!(written.get("ce_specversion").is_none());
 }
@@ -436,6 +436,9 @@ fn limits_are_checked_before_anything_is_decoded() {
     let bytes = limited(MessageLimits { header_bytes_max: 50, ..LIMITS });
     assert_eq!(beyond(&bytes), "the headers are larger than header_bytes_max (50 bytes)");
     assert_eq!((bytes.headers.len(), &bytes.data[..]), (2, &b"{broken"[..]));
+    let batch = headers(&[("content-type", "application/cloudevents-batch+json")]);
+    let batch = decode(batch, "[{}]".into(), &Convention::KAFKA, &MessageLimits { body_max: 3, ..LIMITS });
+    assert_eq!(beyond(&batch), "the body is larger than body_max (3 bytes)");
     let exact = MessageLimits { body_max: 7, headers_max: 2, header_bytes_max: 51, ..LIMITS };
     assert_eq!(defect(&limited(exact)), "the document is not one JSON object");
 }
@@ -534,6 +537,7 @@ fn headers_that_would_read_as_something_else_are_not_written() {
     for (written, body) in
         [encode(&message, &Convention::KAFKA), encode_structured(&message, &Convention::KAFKA).unwrap()]
     {
+        assert!(!written.iter().any(|(name, _)| dead_letter::is_reserved(name)), "{written:?}");
         let back = decode(written, body, &Convention::KAFKA, &LIMITS);
         assert_eq!(back, Message::event("/shop", "42", "placed").with_header("x", "y"));
     }
