@@ -1,0 +1,461 @@
+//! `MemoryStore`: the functions of [`hapax::record`] over tables in memory.
+//!
+//! | contract | here |
+//! |---|---|
+//! | claim, renew, record | one lock a batch, the pure function an item |
+//! | terminal records | 56 bytes in the order of completion, and an index ([`done`]) |
+//! | retention | each record takes at most two due ones off the front; `sweep` takes more |
+//!
+//! Limits: lives as long as the process; `records_max` records, beyond which new events are refused and nothing is
+//! forgotten; the trouble of the newest 10,000 dead letters of a consumer.
+
+mod done;
+
+use std::collections::BTreeSet;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::num::NonZeroU64;
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use hapax::record::{self, Moment, Record, State};
+use hapax::{
+    Claim, ClaimRequest, ConsumerId, Durability, Error, ErrorKind, EventKey, Lease, Outcome, ProcessedStore,
+    RecordView, Recorded, Renewal, Result, Status, StoreAdmin, StoreHealth, Swept,
+};
+use hashbrown::HashMap;
+use tokio::time::Instant;
+
+use done::Done;
+
+/// Due records that one new terminal record takes along.
+const SWEPT_PER_RECORD: usize = 2;
+
+/// What a store in memory may hold.
+#[derive(Clone, Debug)]
+pub struct MemoryStoreBuilder {
+    records_max: usize,
+    starts_at: Option<Moment>,
+}
+
+impl MemoryStoreBuilder {
+    /// Records of all consumers together: some 70 bytes each once they are terminal.
+    pub const RECORDS_MAX: usize = 10_000_000;
+
+    /// How many records it keeps; beyond it claims of new events are refused as [`ErrorKind::Full`].
+    #[must_use]
+    pub fn records_max(mut self, records: usize) -> Self {
+        self.records_max = records;
+        self
+    }
+
+    /// What its clock shows first. Default: the time of day, so that fences grow from one process to the next; a
+    /// simulation sets it to repeat exactly.
+    #[must_use]
+    pub fn starts_at(mut self, moment: Moment) -> Self {
+        self.starts_at = Some(moment);
+        self
+    }
+
+    /// An empty store.
+    pub fn build(self) -> MemoryStore {
+        let start = self.starts_at.unwrap_or_else(|| {
+            Moment::default().after(SystemTime::UNIX_EPOCH.elapsed().unwrap_or(Duration::from_micros(1)))
+        });
+        MemoryStore {
+            shared: Arc::new(Shared {
+                anchor: Instant::now(),
+                start,
+                tables: Mutex::new(Tables::new(self.records_max)),
+            }),
+        }
+    }
+}
+
+/// Remembers events as long as the process lives. Clones share what they remember.
+#[derive(Clone, Debug)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    anchor: Instant,
+    start: Moment,
+    tables: Mutex<Tables>,
+}
+
+impl MemoryStore {
+    /// An empty store with the defaults of [`MemoryStoreBuilder`].
+    pub fn new() -> Self {
+        Self::builder().build()
+    }
+
+    /// Sets what a store may hold.
+    pub fn builder() -> MemoryStoreBuilder {
+        MemoryStoreBuilder { records_max: MemoryStoreBuilder::RECORDS_MAX, starts_at: None }
+    }
+
+    /// No invariant spans a panic: each item is written with its last step.
+    fn lock(&self) -> (MutexGuard<'_, Tables>, Moment) {
+        let tables = self.shared.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.shared.start.after(self.shared.anchor.elapsed());
+        let now = Moment(now.0.saturating_add_signed(tables.step_micros));
+        (tables, now)
+    }
+}
+
+/// For tests and simulations.
+impl MemoryStore {
+    /// Steps the store's clock, as an administrator or a bad time server would; backwards too.
+    pub fn step_clock(&self, micros: i64) {
+        let (mut tables, _) = self.lock();
+        tables.step_micros = tables.step_micros.saturating_add(micros);
+    }
+
+    /// What its clock shows.
+    pub fn now(&self) -> Moment {
+        self.lock().1
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[derive(Debug)]
+struct Tables {
+    consumers: Vec<Records>,
+    records_max: usize,
+    /// The highest fence that was ever forgotten: new ones are above it, even if the clock steps back.
+    forgotten_fence: u64,
+    step_micros: i64,
+}
+
+/// The records of one consumer.
+#[derive(Debug)]
+struct Records {
+    consumer: Box<str>,
+    retention: Duration,
+    /// Claimed, waiting and doomed; always `Some` between two calls, so that the state machine works in place.
+    active: HashMap<EventKey, Option<Record>, BuildHasherDefault<KeyHasher>>,
+    /// Those of them that are doomed, for the sweep.
+    doomed: BTreeSet<EventKey>,
+    doomed_seen: EventKey,
+    done: Done,
+}
+
+impl Tables {
+    fn new(records_max: usize) -> Self {
+        Self { consumers: Vec::new(), records_max, forgotten_fence: 0, step_micros: 0 }
+    }
+
+    /// Places taken: those of forgotten records count until the sweep comes by, so that memory stays bounded.
+    fn places(&self) -> usize {
+        self.consumers.iter().map(|records| records.active.len() + records.done.places()).sum()
+    }
+
+    fn check(&self, consumer: ConsumerId, operation: &'static str) -> Result<()> {
+        if (consumer.0 as usize) < self.consumers.len() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Rejected, operation).because("a consumer that this store has not opened"))
+    }
+
+    fn by_name(&mut self, consumer: &str) -> Option<&mut Records> {
+        self.consumers.iter_mut().find(|records| &*records.consumer == consumer)
+    }
+
+    /// Refuses a batch that would add more records than there is room for, before anything is changed.
+    fn make_room(&mut self, batch: &[ClaimRequest], now: Moment) -> Result<()> {
+        if self.places() + batch.len() <= self.records_max {
+            return Ok(());
+        }
+        self.sweep(batch.len() * SWEPT_PER_RECORD, now);
+        let new = batch.iter().filter(|request| !self.consumers[request.consumer.0 as usize].contains(request.key));
+        if self.places() + new.count() <= self.records_max {
+            return Ok(());
+        }
+        let max = self.records_max;
+        Err(Error::new(ErrorKind::Full, "claim").because(format!(
+            "the store holds `records_max` ({max}) records and forgets none before its time: build it with more, \
+             shorten the retention, or take a store on disk"
+        )))
+    }
+
+    fn sweep(&mut self, limit: usize, now: Moment) -> Swept {
+        let mut swept = Swept::default();
+        for records in &mut self.consumers {
+            let left = limit - swept.removed as usize;
+            let (removed, more) = records.sweep(left, now, &mut self.forgotten_fence);
+            swept.removed += removed;
+            swept.more |= more;
+        }
+        swept
+    }
+}
+
+impl Records {
+    fn contains(&self, key: EventKey) -> bool {
+        self.active.contains_key(&key) || self.done.contains(key)
+    }
+
+    fn get(&self, key: EventKey) -> Option<Record> {
+        self.active.get(&key).cloned().flatten().or_else(|| self.done.get(key))
+    }
+
+    fn claim(&mut self, request: &ClaimRequest, lease: Duration, now: Moment, forgotten_fence: u64) -> Claim {
+        if let Some(slot) = self.active.get_mut(&request.key) {
+            let was_doomed = is_doomed(slot);
+            let claim = record::claim(slot, request, lease, now);
+            if was_doomed && !is_doomed(slot) {
+                self.doomed.remove(&request.key);
+            }
+            return claim;
+        }
+        let mut slot = self.done.get(request.key);
+        let was_known = slot.is_some();
+        let mut claim = record::claim(&mut slot, request, lease, now);
+        if let Claim::Granted(lease, _) = &mut claim {
+            if was_known {
+                self.done.remove(request.key);
+            } else if let Some(record) = slot.as_mut().filter(|record| record.fence.get() <= forgotten_fence) {
+                record.fence = NonZeroU64::MIN.saturating_add(forgotten_fence);
+                lease.fence = record.fence;
+            }
+            self.active.insert(request.key, slot);
+        }
+        claim
+    }
+
+    fn renew(&mut self, held: &Lease, lease: Duration, now: Moment) -> Renewal {
+        self.active.get_mut(&held.key).map_or(Renewal::Lost, |slot| record::renew(slot, held, lease, now))
+    }
+
+    fn record(&mut self, held: &Lease, outcome: &Outcome, now: Moment) -> Recorded {
+        let key = held.key;
+        if let hashbrown::hash_map::Entry::Occupied(mut active) = self.active.entry(key) {
+            let was_doomed = is_doomed(active.get());
+            let recorded = record::record(active.get_mut(), held, outcome, now);
+            let doomed = is_doomed(active.get());
+            if doomed && !was_doomed {
+                self.doomed.insert(key);
+            } else if was_doomed && !doomed {
+                self.doomed.remove(&key);
+            }
+            if active.get().as_ref().is_none_or(is_done)
+                && let Some(record) = active.remove()
+            {
+                self.done.push(key, record);
+            }
+            return recorded;
+        }
+        let mut slot = self.done.get(key);
+        let was_known = slot.is_some();
+        let recorded = record::record(&mut slot, held, outcome, now);
+        if let Some(record) = slot.filter(|_| !was_known) {
+            if is_done(&record) {
+                self.done.push(key, record);
+            } else {
+                self.doomed.insert(key);
+                self.active.insert(key, Some(record));
+            }
+        }
+        recorded
+    }
+
+    /// Removes at most `limit` due records, doomed ones first: they are few.
+    fn sweep(&mut self, limit: usize, now: Moment, fence: &mut u64) -> (u64, bool) {
+        let due = |key: &&EventKey| self.is_due(**key, now);
+        let mut doomed: Vec<EventKey> = self.doomed.iter().filter(due).take(limit.saturating_add(1)).copied().collect();
+        let more_doomed = doomed.len() > limit;
+        doomed.truncate(limit);
+        doomed.iter().for_each(|key| self.forget_doomed(*key, fence));
+        let (removed, more) = self.done.sweep(self.retention, now, limit - doomed.len(), fence);
+        (removed + doomed.len() as u64, more || more_doomed)
+    }
+
+    /// What a record takes along: a bounded number of steps, and one doomed record looked at in turn.
+    fn sweep_along(&mut self, steps: usize, now: Moment, fence: &mut u64) {
+        self.done.sweep(self.retention, now, steps, fence);
+        let behind = (Bound::Excluded(self.doomed_seen), Bound::Unbounded);
+        let next = self.doomed.range(behind).next().or_else(|| self.doomed.first()).copied();
+        let Some(key) = next else { return };
+        self.doomed_seen = key;
+        if self.is_due(key, now) {
+            self.forget_doomed(key, fence);
+        }
+    }
+
+    fn is_due(&self, key: EventKey, now: Moment) -> bool {
+        self.active.get(&key).and_then(Option::as_ref).is_some_and(|record| record.is_swept(self.retention, now))
+    }
+
+    fn forget_doomed(&mut self, key: EventKey, fence: &mut u64) {
+        self.doomed.remove(&key);
+        if let Some(record) = self.active.remove(&key).flatten() {
+            *fence = record.fence.get().max(*fence);
+        }
+    }
+
+    fn forget(&mut self, key: EventKey) -> Option<Record> {
+        self.doomed.remove(&key);
+        self.active.remove(&key).flatten().or_else(|| self.done.remove(key))
+    }
+
+    fn list(&self, status: Status, limit: usize, now: Moment) -> Vec<RecordView> {
+        let view = |(key, record): (EventKey, Record)| view(key, &record, now);
+        match status {
+            Status::Processed => self.done.processed().take(limit).map(view).collect(),
+            Status::DeadLettered => self.done.dead().take(limit).map(view).collect(),
+            Status::Claimed | Status::Waiting | Status::Doomed => {
+                // The oldest `limit` of a map without order: sorted, so that the answer is always the same.
+                let mut oldest: Vec<(Moment, EventKey)> = (self.active.iter())
+                    .filter_map(|(key, record)| record.as_ref().map(|record| (key, record)))
+                    .filter(|(_, record)| record.status() == status)
+                    .map(|(key, record)| (record.first, *key))
+                    .collect();
+                oldest.sort_unstable();
+                oldest.truncate(limit);
+                oldest.into_iter().filter_map(|(_, key)| Some(view((key, self.get(key)?)))).collect()
+            }
+        }
+    }
+}
+
+fn is_doomed(slot: &Option<Record>) -> bool {
+    matches!(slot, Some(Record { state: State::Doomed { .. }, .. }))
+}
+
+fn is_done(record: &Record) -> bool {
+    matches!(record.state, State::Processed { .. } | State::DeadLettered { .. })
+}
+
+fn view(key: EventKey, record: &Record, now: Moment) -> RecordView {
+    let (since, reason) = match record.state {
+        State::Claimed { until } | State::Waiting { until } => (until.since(now), None),
+        State::Doomed { until, reason } => (until.since(now), Some(reason)),
+        State::Processed { at } => (now.since(at), None),
+        State::DeadLettered { at, reason } => (now.since(at), Some(reason)),
+    };
+    let mut view = RecordView::new(key, record.status(), record.fence.get(), record.attempt, record.crashes, since);
+    view.trouble = record.trouble.as_deref().cloned();
+    view.reason = reason;
+    view
+}
+
+#[async_trait]
+impl ProcessedStore for MemoryStore {
+    async fn open(&self, consumer: &str, retention: Duration) -> Result<ConsumerId> {
+        let (mut tables, _) = self.lock();
+        let known = tables.consumers.iter().position(|records| &*records.consumer == consumer);
+        let number = known.unwrap_or_else(|| {
+            tables.consumers.push(Records {
+                consumer: consumer.into(),
+                retention,
+                active: HashMap::default(),
+                doomed: BTreeSet::new(),
+                doomed_seen: EventKey([0; 16]),
+                done: Done::new(),
+            });
+            tables.consumers.len() - 1
+        });
+        tables.consumers[number].retention = retention;
+        u32::try_from(number)
+            .map(ConsumerId)
+            .map_err(|_| Error::new(ErrorKind::Full, "open").because("more than 2^32 consumers"))
+    }
+
+    async fn claim(&self, batch: &[ClaimRequest], lease: Duration) -> Result<Vec<Claim>> {
+        let (mut tables, now) = self.lock();
+        batch.iter().try_for_each(|request| tables.check(request.consumer, "claim"))?;
+        tables.make_room(batch, now)?;
+        let forgotten_fence = tables.forgotten_fence;
+        let claim = |request: &ClaimRequest| {
+            tables.consumers[request.consumer.0 as usize].claim(request, lease, now, forgotten_fence)
+        };
+        Ok(batch.iter().map(claim).collect())
+    }
+
+    async fn renew(&self, leases: &[Lease], lease: Duration) -> Result<Vec<Renewal>> {
+        let (mut tables, now) = self.lock();
+        leases.iter().try_for_each(|held| tables.check(held.consumer, "renew"))?;
+        Ok(leases.iter().map(|held| tables.consumers[held.consumer.0 as usize].renew(held, lease, now)).collect())
+    }
+
+    async fn record(&self, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+        let (mut tables, now) = self.lock();
+        batch.iter().try_for_each(|(held, _)| tables.check(held.consumer, "record"))?;
+        let record = |(held, outcome): &(Lease, Outcome)| {
+            let records = &mut tables.consumers[held.consumer.0 as usize];
+            records.record(held, outcome, now)
+        };
+        let recorded = batch.iter().map(record).collect();
+        let Tables { consumers, forgotten_fence, .. } = &mut *tables;
+        for records in consumers {
+            records.sweep_along(batch.len() * SWEPT_PER_RECORD, now, forgotten_fence);
+        }
+        Ok(recorded)
+    }
+
+    async fn probe(&self) -> Result<StoreHealth> {
+        let (tables, _) = self.lock();
+        let mut health = StoreHealth::new("memory", env!("CARGO_PKG_VERSION"), Durability::Process);
+        let records =
+            tables.consumers.iter().map(|records| records.active.len() + records.done.records()).sum::<usize>();
+        health.records = Some(records as u64);
+        health.records_max = Some(tables.records_max as u64);
+        Ok(health)
+    }
+}
+
+#[async_trait]
+impl StoreAdmin for MemoryStore {
+    async fn look_up(&self, consumer: &str, key: EventKey) -> Result<Option<RecordView>> {
+        let (mut tables, now) = self.lock();
+        let record = tables.by_name(consumer).and_then(|records| records.get(key));
+        Ok(record.map(|record| view(key, &record, now)))
+    }
+
+    async fn list(&self, consumer: &str, status: Status, limit: usize) -> Result<Vec<RecordView>> {
+        let (mut tables, now) = self.lock();
+        Ok(tables.by_name(consumer).map_or_else(Vec::new, |records| records.list(status, limit, now)))
+    }
+
+    async fn sweep(&self, limit: usize) -> Result<Swept> {
+        let (mut tables, now) = self.lock();
+        Ok(tables.sweep(limit, now))
+    }
+
+    async fn forget(&self, consumer: &str, key: EventKey) -> Result<bool> {
+        let (mut tables, _) = self.lock();
+        let Some(record) = tables.by_name(consumer).and_then(|records| records.forget(key)) else { return Ok(false) };
+        tables.forgotten_fence = tables.forgotten_fence.max(record.fence.get());
+        Ok(true)
+    }
+}
+
+/// Takes the first eight bytes of a key, which is a digest, as its hash.
+#[derive(Clone, Copy, Debug, Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_ne_bytes(*first);
+        }
+    }
+
+    /// The length before the bytes of an array says nothing.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests;
