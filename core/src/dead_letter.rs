@@ -59,7 +59,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Permanent,
         Self::AttemptsExhausted,
         Self::TimeExhausted,

@@ -29,7 +29,7 @@ pub use handler::{Failure, FailureExt, FailureKind, Handler, IntoFailure, TxHand
 pub use health::{BEAT_MAX, Health, InFlight, Phase, Reach, Statistics};
 pub use identity::IdFrom;
 pub use message::{Attributes, Defect, DefectKind, Headers, Message, MessageId, MessageLimits};
-pub use observer::{Duplicate, HandlerEnd, Observed, Observer, Side, Verb};
+pub use observer::{Duplicate, HandlerEnd, Observed, Observer, ROUTES_MAX, Side, Telemetry, Verb, describe as describe_metrics};
 pub use publisher::{Outgoing, Publisher};
 pub use retry::{Backoff, Over, RetryPolicy};
 pub use store::{

@@ -1,14 +1,99 @@
 //! What happened, as a closed list, and who is told: metrics and tracing by default.
+//!
+//! Observers compose: a pair, a vector, an `Arc` and a closure are observers too.
 
-use std::fmt::Debug;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::dead_letter::Reason;
 
+mod log;
+mod metrics;
+#[cfg(test)]
+mod tests;
+
+pub use metrics::{ROUTES_MAX, describe};
+
 /// Is told what happens in a consumer, in the middle of it: must be quick and never block.
+///
+/// ```
+/// use std::sync::Arc;
+/// use hapax::{Observed, Observer, Telemetry};
+///
+/// let alarm = |what: &Observed<'_>| {
+///     if let Observed::Switch { open: true } = what {
+///         // ring somebody
+///     }
+/// };
+/// let both: Arc<dyn Observer> = Arc::new((Telemetry::new("billing"), alarm));
+/// ```
 pub trait Observer: Send + Sync + 'static {
     /// Something happened.
     fn observe(&self, what: &Observed<'_>);
+}
+
+impl<F: Fn(&Observed<'_>) + Send + Sync + 'static> Observer for F {
+    fn observe(&self, what: &Observed<'_>) {
+        self(what);
+    }
+}
+
+/// Tells nobody.
+impl Observer for () {
+    fn observe(&self, _: &Observed<'_>) {}
+}
+
+/// Tells the first, then the second.
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn observe(&self, what: &Observed<'_>) {
+        self.0.observe(what);
+        self.1.observe(what);
+    }
+}
+
+/// Tells all, in order.
+impl Observer for Vec<Arc<dyn Observer>> {
+    fn observe(&self, what: &Observed<'_>) {
+        for observer in self {
+            observer.observe(what);
+        }
+    }
+}
+
+impl<O: Observer + ?Sized> Observer for Arc<O> {
+    fn observe(&self, what: &Observed<'_>) {
+        (**self).observe(what);
+    }
+}
+
+/// The observer that a consumer has by default: metrics through the `metrics` facade and a few log lines through
+/// `tracing`.
+///
+/// A metric's handle is looked up once and then held. The recorder of the `metrics` facade must therefore be installed
+/// *before* the consumer is built: handles that were made without one stay silent for ever, and cost next to nothing.
+/// The names are in [`describe`] and docs/metrics.md. Labels come from closed lists, the consumer's name and the types
+/// that have a handler; ids and error texts are only in logs.
+///
+/// Logged at target `hapax`: dead letters, conflicts, lost leases, refused and vanished records, the kill switch and lost
+/// connections as warnings, a connection that is back as information. An event that succeeds logs nothing.
+#[derive(Debug)]
+pub struct Telemetry {
+    consumer: Box<str>,
+    instruments: metrics::Instruments,
+}
+
+impl Telemetry {
+    /// For the consumer of this name, with the recorder that is installed now.
+    pub fn new(consumer: &str) -> Self {
+        Self { consumer: consumer.into(), instruments: metrics::Instruments::new(consumer) }
+    }
+}
+
+impl Observer for Telemetry {
+    fn observe(&self, what: &Observed<'_>) {
+        self.instruments.observe(what);
+        log::log(&self.consumer, what);
+    }
 }
 
 /// Everything that a consumer tells.
@@ -43,6 +128,11 @@ pub enum Observed<'a> {
         of: Duplicate,
         /// How long ago that ended.
         ago: Option<Duration>,
+    },
+    /// A delivery waits for an event that another holds, or whose next attempt is not due.
+    Waiting {
+        /// At most so long, unless the other renews its lease.
+        wait: Duration,
     },
     /// A handler returned.
     Handled {
@@ -120,6 +210,21 @@ pub enum Verb {
     Publish,
 }
 
+impl Verb {
+    pub(crate) const ALL: [Self; 5] = [Self::Claim, Self::Renew, Self::Record, Self::Settle, Self::Publish];
+
+    /// As a lower-case word: the value of metric labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Claim => "claim",
+            Self::Renew => "renew",
+            Self::Record => "record",
+            Self::Settle => "settle",
+            Self::Publish => "publish",
+        }
+    }
+}
+
 /// What a duplicate is a duplicate of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Duplicate {
@@ -129,6 +234,19 @@ pub enum Duplicate {
     DeadLettered,
     /// Of an event that is held.
     Held,
+}
+
+impl Duplicate {
+    pub(crate) const ALL: [Self; 3] = [Self::Processed, Self::DeadLettered, Self::Held];
+
+    /// As a lower-case word: the value of metric labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Processed => "processed",
+            Self::DeadLettered => "dead-lettered",
+            Self::Held => "held",
+        }
+    }
 }
 
 /// How a run of a handler ended.
@@ -152,6 +270,33 @@ pub enum HandlerEnd {
     Stopped,
 }
 
+impl HandlerEnd {
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Ok,
+        Self::Retryable,
+        Self::Permanent,
+        Self::NotYet,
+        Self::Unavailable,
+        Self::Panicked,
+        Self::TimedOut,
+        Self::Stopped,
+    ];
+
+    /// As a lower-case word: the value of metric labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Retryable => "retryable",
+            Self::Permanent => "permanent",
+            Self::NotYet => "not-yet",
+            Self::Unavailable => "unavailable",
+            Self::Panicked => "panicked",
+            Self::TimedOut => "timed-out",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// Store or broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
@@ -161,4 +306,17 @@ pub enum Side {
     Broker,
     /// Where handlers publish to.
     Publisher,
+}
+
+impl Side {
+    pub(crate) const ALL: [Self; 3] = [Self::Store, Self::Broker, Self::Publisher];
+
+    /// As a lower-case word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::Broker => "broker",
+            Self::Publisher => "publisher",
+        }
+    }
 }
