@@ -66,7 +66,7 @@ impl MemoryBrokerBuilder {
     }
 
     /// One partition: one consumer of a group receives at a time, in the order of the topic; the next takes over when
-    /// its session ends. Without it consumers compete, and there is no order.
+    /// its session ends, which it also does when a delivery is held for longer than `held_max`. Without it consumers compete, and there is no order.
     #[must_use]
     pub fn ordered(mut self) -> Self {
         self.ordered = true;
@@ -146,7 +146,7 @@ impl MemoryBroker {
     fn in_group(topic: Arc<Topic>, name: &str) -> Self {
         let mut state = topic.lock();
         let group = state.groups.iter().position(|group| &*group.name == name).unwrap_or_else(|| {
-            let mut group = Group::new(name);
+            let mut group = Group::new(name, topic.settings.ordered);
             let mut all: Vec<_> = state.groups.iter().flat_map(Group::waiting).collect();
             all.sort_by_key(|entry| entry.position);
             all.dedup_by_key(|entry| entry.position);
@@ -208,7 +208,7 @@ impl MemoryBroker {
         let now = Instant::now();
         let mut state = self.topic.lock();
         let topic::TopicState { groups, sessions, .. } = &mut *state;
-        let (take, wake) = groups[self.group].take(self.member, want, now, self.topic.settings.ordered, sessions);
+        let (take, wake) = groups[self.group].take(self.member, want, now, sessions);
         drop(state);
         self.topic.wake(&self.arrivals, wake);
         take

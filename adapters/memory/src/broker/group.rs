@@ -39,6 +39,7 @@ pub(super) struct Group {
     numbered: u64,
     /// Where one consumer at a time receives: its session.
     active: Option<u32>,
+    ordered: bool,
     pub(super) levers: Levers,
 }
 
@@ -71,7 +72,7 @@ pub(super) enum Take {
 }
 
 impl Group {
-    pub(super) fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str, ordered: bool) -> Self {
         Self {
             name: name.into(),
             arrivals: Arc::default(),
@@ -83,6 +84,7 @@ impl Group {
             held: 0,
             numbered: 0,
             active: None,
+            ordered,
             levers: Levers::default(),
         }
     }
@@ -139,14 +141,7 @@ impl Group {
     }
 
     /// Hands out what is ready. The second answer tells whether other receives must look at their time again.
-    pub(super) fn take(
-        &mut self,
-        member: u32,
-        want: Want,
-        now: Instant,
-        ordered: bool,
-        session: &mut u32,
-    ) -> (Take, Wake) {
+    pub(super) fn take(&mut self, member: u32, want: Want, now: Instant, session: &mut u32) -> (Take, Wake) {
         let mut wake = self.tidy(now);
         let number = member;
         let member = self.members.get_mut(&member).expect("a handle is a member of its group until it is dropped");
@@ -158,7 +153,8 @@ impl Group {
             *session += 1;
             Table::new(*session)
         });
-        let idle = table.drain_until.is_some() || (ordered && *self.active.get_or_insert(table.id()) != table.id());
+        let idle =
+            table.drain_until.is_some() || (self.ordered && *self.active.get_or_insert(table.id()) != table.id());
         let room = limits.events.clamp(1, UNSETTLED_MAX).saturating_sub(table.in_hand);
         let events = want.events.max(1).min(room);
         let ready = self.fresh.len() + self.again.len();
@@ -328,12 +324,17 @@ impl Group {
             self.give_back(entry);
         }
         let mut overdue = Vec::new();
-        let mut drained = Vec::new();
+        let mut ended = Vec::new();
         for (member, state) in &mut self.members {
             let Some(table) = &mut state.session else { continue };
-            overdue.append(&mut table.overdue(now));
+            let late = table.overdue(now);
+            // The only consumer that receives is stuck: the next one takes over.
+            if self.ordered && !late.is_empty() {
+                ended.push(*member);
+            }
+            overdue.extend(late);
             if table.drain_until.is_some_and(|until| until <= now) {
-                drained.push(*member);
+                ended.push(*member);
             }
         }
         let mut wake = Wake { arrivals: !overdue.is_empty(), done: false };
@@ -341,7 +342,7 @@ impl Group {
         for entry in overdue {
             self.give_back(entry);
         }
-        for member in drained {
+        for member in ended {
             wake.arrivals |= self.end_session(member).arrivals;
         }
         wake

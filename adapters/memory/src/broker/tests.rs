@@ -222,25 +222,20 @@ async fn what_is_held_too_long_becomes_another_consumers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_another_sits_on_wakes_a_receive_that_was_waiting_before() {
-    let broker = opened(MemoryBroker::new("orders")).await;
-    let beside = Arc::new(opened(broker.another()).await);
-    let waiting = Arc::clone(&beside);
-    broker.shuffle(None);
-    broker.publisher().send(message(1)).await;
-    let got = receive(&broker).await;
-    let waits = tokio::spawn(async move { waiting.receive(WANT).await.unwrap().len() });
+async fn a_standby_takes_over_from_a_stuck_consumer_that_began_after_it_waited() {
+    let stuck = opened(MemoryBroker::builder("orders").ordered().build()).await;
+    let standby = opened(stuck.another()).await;
+    for id in 1..=2 {
+        stuck.publisher().send(message(id)).await;
+    }
+    let one = Want { events: 1, ..WANT };
+    let first = stuck.receive(one).await.unwrap();
+    settle(&stuck, first[0].receipt, Settlement::Ack).await.unwrap();
+    let waiting = tokio::spawn(async move { ids(&standby.receive(WANT).await.unwrap()).join(" ") });
     tokio::task::yield_now().await;
-    settle(&broker, got[0].receipt, Settlement::Release { counted: true }).await.unwrap();
-    assert_eq!(timeout(SECOND, waits).await.expect("woken").unwrap(), 1);
-    let waits = tokio::spawn({
-        let broker = broker.another();
-        async move {
-            broker.open(limits(1)).await.unwrap();
-            broker.receive(WANT).await.unwrap().len()
-        }
-    });
-    assert_eq!(timeout(2 * MINUTE, waits).await.expect("woken by the time").unwrap(), 1);
+    let held = stuck.receive(one).await.unwrap();
+    assert_eq!(timeout(2 * MINUTE, waiting).await.expect("woken by the time").unwrap(), "2");
+    assert_eq!(held[0].session.state(), SessionState::Ended);
 }
 
 #[tokio::test(start_paused = true)]

@@ -245,8 +245,106 @@ fn shard(key: EventKey) -> usize {
 mod tests {
     use super::*;
 
+    fn key(number: u64) -> EventKey {
+        EventKey::of("billing", "test", &number.to_string())
+    }
+
+    fn ended(number: u64, state: State) -> Record {
+        Record {
+            state,
+            fingerprint: Fingerprint([1; 16]),
+            fence: NonZeroU64::MIN.saturating_add(number),
+            attempt: 1,
+            crashes: 0,
+            token: 0,
+            first: Moment(0),
+            trouble: None,
+        }
+    }
+
+    fn processed(done: &mut Done, numbers: std::ops::Range<u64>) {
+        for number in numbers {
+            done.push(key(number), ended(number, State::Processed { at: Moment(number) }));
+        }
+    }
+
+    /// Allocated bytes, from the capacities; the two maps of dead letters are empty here.
+    fn bytes(done: &Done) -> usize {
+        let entries: usize = done.segments.iter().chain(&done.spare).map(Vec::capacity).sum();
+        let index: usize = done.index.iter().map(HashTable::allocation_size).sum();
+        entries * size_of::<Entry>() + index + SHARDS * size_of::<HashTable<u32>>()
+    }
+
+    /// Looked at as it grows, so that a moment after a doubling is among them.
     #[test]
-    fn an_entry_takes_56_bytes() {
-        assert_eq!(size_of::<Entry>(), 56);
+    fn a_remembered_id_takes_at_most_80_bytes_from_half_a_million_on() {
+        let mut done = Done::new();
+        processed(&mut done, 0..400_000);
+        for step in 0..20 {
+            let from = 400_000 + step * 10_000;
+            processed(&mut done, from..from + 10_000);
+            let per_id = bytes(&done) / done.records();
+            assert!((56..=80).contains(&per_id), "{per_id} bytes at {} ids", done.records());
+        }
+    }
+
+    #[test]
+    fn a_sweep_is_bounded_and_gives_its_memory_back() {
+        let mut done = Done::new();
+        let ids = 10 * SEGMENT as u64;
+        processed(&mut done, 0..ids);
+        let (mut fence, all) = (0, bytes(&done));
+        assert_eq!(done.sweep(Duration::ZERO, Moment(ids), 3, &mut fence), (3, true));
+        assert_eq!((done.records() as u64, fence), (ids - 3, 3));
+        assert!(done.get(key(2)).is_none() && done.get(key(3)).is_some());
+        assert_eq!(
+            done.sweep(Duration::from_micros(10), Moment(ids - 1), usize::MAX, &mut fence),
+            (ids - 3 - 10, false)
+        );
+        assert!(done.get(key(ids - 10)).is_some());
+        assert_eq!(done.segments.len(), 1);
+        assert!(bytes(&done) < all / 3);
+    }
+
+    #[test]
+    fn what_was_taken_out_leaves_a_place_that_no_look_up_finds_and_no_sweep_counts() {
+        let mut done = Done::new();
+        processed(&mut done, 0..3);
+        assert_eq!(done.remove(key(1)), done_record(1));
+        assert_eq!((done.remove(key(1)), done.records(), done.places()), (None, 2, 3));
+        done.push(key(1), ended(7, State::DeadLettered { at: Moment(9), reason: Reason::Permanent }));
+        assert_eq!(done.get(key(1)).map(|record| record.fence.get()), Some(8));
+        let mut fence = 0;
+        assert_eq!(done.sweep(Duration::ZERO, Moment(5), usize::MAX, &mut fence), (2, false));
+        assert_eq!((done.records(), done.places(), done.dead().count()), (1, 1, 1));
+    }
+
+    fn done_record(number: u64) -> Option<Record> {
+        let at = Moment(number);
+        Some(Record { first: at, ..ended(number, State::Processed { at }) })
+    }
+
+    #[test]
+    fn numbers_go_on_behind_two_to_the_32() {
+        let start = (1u64 << 32) - SEGMENT as u64;
+        let mut done = Done { first: start, front: start, next: start, ..Done::new() };
+        processed(&mut done, 0..3 * SEGMENT as u64);
+        assert!((0..3 * SEGMENT as u64).all(|number| done.get(key(number)) == done_record(number)));
+        let mut fence = 0;
+        done.sweep(Duration::ZERO, Moment(2 * SEGMENT as u64), usize::MAX, &mut fence);
+        assert_eq!(done.records(), SEGMENT - 1);
+        assert!((2 * SEGMENT as u64 + 1..3 * SEGMENT as u64).all(|number| done.get(key(number)).is_some()));
+    }
+
+    #[test]
+    fn troubles_are_kept_of_the_newest_dead_letters_only() {
+        let mut done = Done::new();
+        let trouble = |number: u64| Some(Box::new(Trouble { id: number.to_string().into(), error: "".into() }));
+        for number in 0..=TROUBLES_MAX as u64 {
+            let state = State::DeadLettered { at: Moment(0), reason: Reason::Permanent };
+            done.push(key(number), Record { trouble: trouble(number), ..ended(number, state) });
+        }
+        assert_eq!(done.get(key(0)).and_then(|record| record.trouble), None);
+        assert_eq!(done.get(key(1)).and_then(|record| record.trouble), trouble(1));
     }
 }
