@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use crate::event::{Event, type_name};
 use crate::message::Message;
 use crate::publisher::Outgoing;
 use crate::store::{EventKey, Lease, digest, hex};
+use crate::trace;
 
 /// What a handler gets beside the event. Cheap to clone.
 pub struct Context<S> {
@@ -125,7 +126,7 @@ impl<S> Context<S> {
 
     /// Why [`cancelled`](Self::cancelled) is, if it is.
     pub fn stopped(&self) -> Option<Stop> {
-        self.run.stopped()
+        self.run.stopped().or_else(|| self.run.is_shutdown_announced().then_some(Stop::Shutdown))
     }
 
     /// Publishes an event: collected now, sent after the handler succeeded and before the record says processed. A
@@ -194,8 +195,10 @@ impl<'a> Publish<'a> {
         attributes.correlation_id = cause.correlation_id.clone().or_else(|| cause.id.clone());
         attributes.causation_id = cause.id.clone();
         attributes.partition_key = self.key.map(Into::into);
-        attributes.traceparent = cause.traceparent.clone();
-        attributes.tracestate = cause.tracestate.clone();
+        // Without a valid traceparent the tracestate means nothing (W3C Trace Context, 4.3).
+        let continued = |parent: &str| trace::child(parent, trace::span_id(&run.lease));
+        attributes.traceparent = cause.traceparent.as_deref().and_then(continued).map(Into::into);
+        attributes.tracestate = attributes.traceparent.as_ref().and(cause.tracestate.clone());
         let mut outbox = run.outbox();
         if outbox.len() >= PUBLISHED_MAX {
             return Err(refuse(format!("more than {PUBLISHED_MAX} events published by one attempt")));
@@ -229,6 +232,7 @@ pub(crate) struct Run {
     crashes: u32,
     deadline: Instant,
     stop: AtomicU8,
+    shutdown_announced: AtomicBool,
     token: OnceLock<CancellationToken>,
     outbox: Mutex<Vec<Outgoing>>,
 }
@@ -242,12 +246,25 @@ impl Run {
             crashes,
             deadline,
             stop: AtomicU8::new(0),
+            shutdown_announced: AtomicBool::new(false),
             token: OnceLock::new(),
             outbox: Mutex::default(),
         }
     }
 
-    /// Says why to stop; the first reason stays.
+    /// Says that the consumer shuts down soon: the handler may finish, but should hurry.
+    pub(crate) fn announce_shutdown(&self) {
+        self.shutdown_announced.store(true, Ordering::SeqCst);
+        if let Some(token) = self.token.get() {
+            token.cancel();
+        }
+    }
+
+    pub(crate) fn is_shutdown_announced(&self) -> bool {
+        self.shutdown_announced.load(Ordering::SeqCst)
+    }
+
+    /// Ends the run, and says why; the first reason stays.
     pub(crate) fn stop(&self, why: Stop) {
         let code = match why {
             Stop::LeaseLost => 1,
@@ -272,7 +289,7 @@ impl Run {
     fn token(&self) -> CancellationToken {
         let token = self.token.get_or_init(CancellationToken::new).clone();
         // The stop may have come before the token was there to see it.
-        if self.stopped().is_some() {
+        if self.stopped().is_some() || self.is_shutdown_announced() {
             token.cancel();
         }
         token

@@ -15,7 +15,9 @@ mod message;
 mod observer;
 mod publisher;
 mod retry;
+mod shutdown;
 mod store;
+mod trace;
 
 pub use broker::{
     Broker, BrokerOrder, Capabilities, Delivery, Durability, Limits, Origin, Receipt, Session, SessionState,
@@ -32,6 +34,7 @@ pub use message::{Attributes, Defect, DefectKind, Headers, Message, MessageId, M
 pub use observer::{Duplicate, HandlerEnd, Observed, Observer, ROUTES_MAX, Side, Telemetry, Verb, describe as describe_metrics};
 pub use publisher::{Outgoing, Publisher};
 pub use retry::{Backoff, Over, RetryPolicy};
+pub use shutdown::shutdown_signal;
 pub use store::{
     Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, ProcessedStore, RecordView,
     Recorded, Renewal, Status, StoreAdmin, StoreHealth, Swept, TransactionalStore, Trouble,
