@@ -1,0 +1,390 @@
+//! The one writer of a store: gathers the calls that wait and commits them together.
+//!
+//! While one commit is under way the next calls gather; it takes them all when it is back. No timer, so a lone call
+//! waits for nobody. The lock that it takes for each commit is shared with transactional handlers, first come first
+//! served, so that neither waits in SQLite's busy loop for the other.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hapax::record::Moment;
+use hapax::{Claim, ClaimRequest, ConsumerId, ErrorKind, Lease, Outcome, Recorded, Renewal, Result};
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::batch::Batch;
+use crate::error::Fault;
+use crate::rows::{Frame, Id, Within, integer};
+use crate::store::Clock;
+use crate::sweep::{self, Place, Rolling};
+
+/// Calls that may wait for the writer; further callers wait to be let in.
+pub(crate) const CALLS_MAX: usize = 256;
+/// Items that one commit takes at most, unless a single call brings more.
+const ITEMS_MAX: usize = 4096;
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// A call to the writer.
+#[derive(Debug)]
+pub(crate) enum Call {
+    Claim(Vec<ClaimRequest>, Duration, Reply<Vec<Claim>>),
+    Renew(Vec<Lease>, Duration, Reply<Vec<Renewal>>),
+    Record(Vec<(Lease, Outcome)>, Reply<Vec<Recorded>>),
+    Open(String, Duration, Reply<ConsumerId>),
+    Sweep(Place, Place, Moment, Reply<u64>),
+    Forget(Id, Reply<bool>),
+    Close,
+}
+
+impl Call {
+    fn items(&self) -> usize {
+        match self {
+            Self::Claim(batch, ..) => batch.len(),
+            Self::Renew(leases, ..) => leases.len(),
+            Self::Record(batch, ..) => batch.len(),
+            _ => 0,
+        }
+    }
+
+    /// Whether it may share a commit.
+    fn is_shared(&self) -> bool {
+        matches!(self, Self::Claim(..) | Self::Renew(..) | Self::Record(..))
+    }
+
+    fn want(&self, batch: &mut Batch) {
+        match self {
+            Self::Claim(requests, ..) => requests.iter().for_each(|item| batch.want((item.consumer, item.key))),
+            Self::Renew(leases, ..) => leases.iter().for_each(|item| batch.want((item.consumer, item.key))),
+            Self::Record(outcomes, ..) => {
+                outcomes.iter().for_each(|(item, _)| batch.want((item.consumer, item.key)));
+            }
+            _ => {}
+        }
+    }
+
+    fn fail(self, fault: &Fault) {
+        let fault = fault.clone();
+        // A caller that has gone away asks again.
+        let _gone = match self {
+            Self::Claim(.., reply) => reply.send(Err(fault.during("claim"))).is_err(),
+            Self::Renew(.., reply) => reply.send(Err(fault.during("renew"))).is_err(),
+            Self::Record(.., reply) => reply.send(Err(fault.during("record"))).is_err(),
+            Self::Open(.., reply) => reply.send(Err(fault.during("open"))).is_err(),
+            Self::Sweep(.., reply) => reply.send(Err(fault.during("sweep"))).is_err(),
+            Self::Forget(_, reply) => reply.send(Err(fault.during("forget"))).is_err(),
+            Self::Close => false,
+        };
+    }
+}
+
+/// A call that was applied and is answered once the commit is durable.
+enum Answer {
+    Claim(std::result::Result<Vec<Claim>, Fault>, Reply<Vec<Claim>>),
+    Renew(std::result::Result<Vec<Renewal>, Fault>, Reply<Vec<Renewal>>),
+    Record(std::result::Result<Vec<Recorded>, Fault>, Reply<Vec<Recorded>>),
+}
+
+impl Answer {
+    fn send(self) {
+        let _gone = match self {
+            Self::Claim(answer, reply) => reply.send(answer.map_err(|fault| fault.during("claim"))).is_err(),
+            Self::Renew(answer, reply) => reply.send(answer.map_err(|fault| fault.during("renew"))).is_err(),
+            Self::Record(answer, reply) => reply.send(answer.map_err(|fault| fault.during("record"))).is_err(),
+        };
+    }
+}
+
+/// How long and how often another process' lock is waited for: SQLite's own waiting in slices, with random pauses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    tries: u32,
+}
+
+/// How long SQLite itself waits for a lock at a time.
+pub(crate) const BUSY_SLICE: Duration = Duration::from_millis(50);
+
+impl Patience {
+    pub(crate) fn new(busy_timeout: Duration) -> Self {
+        let slices = busy_timeout.as_micros().div_ceil(BUSY_SLICE.as_micros());
+        Self { tries: u32::try_from(slices).unwrap_or(u32::MAX).max(1) }
+    }
+
+    /// Pauses before the next try; false when it is over.
+    pub(crate) async fn again(&mut self, fault: &Fault) -> bool {
+        self.tries = self.tries.saturating_sub(1);
+        if !fault.is_busy() || self.tries == 0 {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_micros(fastrand::u64(500..4000))).await;
+        true
+    }
+}
+
+/// The task that owns the writing connection.
+pub(crate) struct Writer {
+    pub(crate) options: SqliteConnectOptions,
+    pub(crate) connection: Option<SqliteConnection>,
+    pub(crate) lock: Arc<Semaphore>,
+    pub(crate) patience: Patience,
+    pub(crate) clock: Clock,
+    pub(crate) rolling: Rolling,
+    /// Why the last removal of expired records failed: told by the store's probe.
+    pub(crate) sweep_fault: Arc<Mutex<Option<Fault>>>,
+}
+
+impl Writer {
+    /// Serves until the last sender is gone or the store is closed.
+    pub(crate) async fn run(mut self, mut calls: mpsc::Receiver<Call>) {
+        let mut waiting = VecDeque::new();
+        loop {
+            let first = match waiting.pop_front() {
+                Some(call) => call,
+                None => match calls.recv().await {
+                    Some(call) => call,
+                    None => break,
+                },
+            };
+            if !first.is_shared() {
+                if matches!(first, Call::Close) {
+                    calls.close();
+                } else {
+                    self.alone(first).await;
+                }
+                continue;
+            }
+            let mut items = first.items();
+            let mut group = vec![first];
+            while items < ITEMS_MAX {
+                match calls.try_recv() {
+                    Ok(call) if call.is_shared() => {
+                        items += call.items();
+                        group.push(call);
+                    }
+                    Ok(call) => {
+                        waiting.push_back(call);
+                        break;
+                    }
+                    Err(_) => break,
+                }
+            }
+            self.together(group).await;
+        }
+        if let Some(connection) = self.connection.take()
+            && let Err(error) = connection.close().await
+        {
+            tracing::warn!(%error, "the SQLite store did not close cleanly; what it acknowledged is safe");
+        }
+    }
+
+    /// One commit for several calls. Where SQLite refuses it as a whole, each gets its own.
+    async fn together(&mut self, calls: Vec<Call>) {
+        let refused = match self.try_together(calls).await {
+            Ok(answers) => return answers.into_iter().for_each(Answer::send),
+            Err(refused) => refused,
+        };
+        let (calls, fault) = refused;
+        if fault.kind != ErrorKind::Rejected || calls.len() == 1 {
+            return calls.into_iter().for_each(|call| call.fail(&fault));
+        }
+        for call in calls {
+            match self.try_together(vec![call]).await {
+                Ok(answers) => answers.into_iter().for_each(Answer::send),
+                Err((calls, fault)) => calls.into_iter().for_each(|call| call.fail(&fault)),
+            }
+        }
+    }
+
+    async fn try_together(&mut self, calls: Vec<Call>) -> std::result::Result<Vec<Answer>, (Vec<Call>, Fault)> {
+        let mut batch = Batch::default();
+        calls.iter().for_each(|call| call.want(&mut batch));
+        if batch.is_empty() {
+            return Ok(calls.into_iter().filter_map(empty_answer).collect());
+        }
+        let lock = Arc::clone(&self.lock);
+        let Ok(_permit) = lock.acquire().await else {
+            return Err((calls, Fault::new(ErrorKind::Unavailable, "the store is closed")));
+        };
+        let frame = match self.begin(&mut batch).await {
+            Ok(frame) => frame,
+            Err(fault) => return Err((calls, fault)),
+        };
+        // The clock is read inside the transaction, so that waiting for the lock does not use up leases.
+        let now = (self.clock)();
+        let mut applied = Vec::with_capacity(calls.len());
+        let mut recorded = 0;
+        for call in &calls {
+            applied.push(match call {
+                Call::Claim(requests, lease, _) => Applied::Claim(batch.claim(requests, *lease, now, frame)),
+                Call::Renew(leases, lease, _) => Applied::Renew(batch.renew(leases, *lease, now, frame)),
+                Call::Record(outcomes, _) => {
+                    recorded += outcomes.len();
+                    Applied::Record(batch.record(outcomes, now, frame))
+                }
+                _ => continue,
+            });
+        }
+        match self.finish(&batch, recorded).await {
+            Ok(()) => Ok(calls.into_iter().zip(applied).filter_map(|(call, applied)| applied.to(call)).collect()),
+            Err(fault) => Err((calls, fault)),
+        }
+    }
+
+    /// Begins a transaction and reads the batch in one crossing. After a fault the connection is not used again, but
+    /// for the lock of another process, where no transaction was begun.
+    async fn begin(&mut self, batch: &mut Batch) -> std::result::Result<Frame, Fault> {
+        let mut patience = self.patience;
+        loop {
+            let connection = self.connected().await?;
+            let fault = match batch.load(connection, Within::Begin).await {
+                Ok(frame) => return Ok(frame),
+                Err(fault) => fault,
+            };
+            if !patience.again(&fault).await {
+                self.connection = None;
+                return Err(fault);
+            }
+        }
+    }
+
+    /// Writes the batch, removes a bounded number of expired records, and commits.
+    async fn finish(&mut self, batch: &Batch, recorded: usize) -> std::result::Result<(), Fault> {
+        let now = (self.clock)();
+        let Some(connection) = &mut self.connection else {
+            return Err(Fault::new(ErrorKind::Internal, "no transaction is open"));
+        };
+        let sweeps = self.rolling.is_due(recorded);
+        let mut done = batch.save(connection, !sweeps).await;
+        if sweeps && done.is_ok() {
+            // Its failure is told by the probe and does not keep the records from being committed.
+            let swept = self.rolling.step(connection, now).await;
+            tell(&self.sweep_fault, swept.err());
+            done = sqlx::query("COMMIT").execute(&mut *connection).await.map(drop).map_err(Fault::from);
+        }
+        if done.is_err() {
+            self.connection = None;
+        }
+        done.map_err(Fault::at_commit)
+    }
+
+    async fn connected(&mut self) -> std::result::Result<&mut SqliteConnection, Fault> {
+        if self.connection.is_none() {
+            self.connection = Some(self.options.connect().await?);
+        }
+        self.connection.as_mut().ok_or_else(|| Fault::new(ErrorKind::Internal, "no connection"))
+    }
+
+    /// A call with a transaction of its own.
+    async fn alone(&mut self, call: Call) {
+        let lock = Arc::clone(&self.lock);
+        let Ok(_permit) = lock.acquire().await else {
+            return call.fail(&Fault::new(ErrorKind::Unavailable, "the store is closed"));
+        };
+        if let Err(fault) = self.begin_alone().await {
+            return call.fail(&fault);
+        }
+        let Some(mut connection) = self.connection.take() else { return };
+        match call {
+            Call::Open(name, retention, reply) => {
+                let opened = open(&mut connection, &name, retention).await;
+                let done = ended(&mut connection, opened).await;
+                self.keep(connection, done, "open", reply);
+            }
+            Call::Sweep(after, to, now, reply) => {
+                let swept = sweep::remove_between(&mut connection, &after, &to, now).await;
+                let done = ended(&mut connection, swept).await;
+                tell(&self.sweep_fault, done.as_ref().err().cloned());
+                self.keep(connection, done, "sweep", reply);
+            }
+            Call::Forget(id, reply) => {
+                let removed = sweep::remove_one(&mut connection, id).await;
+                let done = ended(&mut connection, removed).await;
+                self.keep(connection, done, "forget", reply);
+            }
+            _ => self.connection = Some(connection),
+        }
+    }
+
+    async fn begin_alone(&mut self) -> std::result::Result<(), Fault> {
+        let mut patience = self.patience;
+        loop {
+            let connection = self.connected().await?;
+            let Err(error) = sqlx::query("BEGIN IMMEDIATE").execute(connection).await else { return Ok(()) };
+            let fault = Fault::from(error);
+            if !patience.again(&fault).await {
+                self.connection = None;
+                return Err(fault);
+            }
+        }
+    }
+
+    /// Answers; a connection on which something failed is closed, which rolls back.
+    fn keep<T>(
+        &mut self,
+        connection: SqliteConnection,
+        done: std::result::Result<T, Fault>,
+        operation: &'static str,
+        reply: Reply<T>,
+    ) {
+        self.connection = done.is_ok().then_some(connection);
+        let _gone = reply.send(done.map_err(|fault| fault.during(operation))).is_err();
+    }
+}
+
+enum Applied {
+    Claim(std::result::Result<Vec<Claim>, Fault>),
+    Renew(std::result::Result<Vec<Renewal>, Fault>),
+    Record(std::result::Result<Vec<Recorded>, Fault>),
+}
+
+impl Applied {
+    fn to(self, call: Call) -> Option<Answer> {
+        match (self, call) {
+            (Self::Claim(answer), Call::Claim(.., reply)) => Some(Answer::Claim(answer, reply)),
+            (Self::Renew(answer), Call::Renew(.., reply)) => Some(Answer::Renew(answer, reply)),
+            (Self::Record(answer), Call::Record(.., reply)) => Some(Answer::Record(answer, reply)),
+            _ => None,
+        }
+    }
+}
+
+fn empty_answer(call: Call) -> Option<Answer> {
+    match call {
+        Call::Claim(.., reply) => Some(Answer::Claim(Ok(Vec::new()), reply)),
+        Call::Renew(.., reply) => Some(Answer::Renew(Ok(Vec::new()), reply)),
+        Call::Record(.., reply) => Some(Answer::Record(Ok(Vec::new()), reply)),
+        _ => None,
+    }
+}
+
+async fn ended<T>(
+    connection: &mut SqliteConnection,
+    done: std::result::Result<T, Fault>,
+) -> std::result::Result<T, Fault> {
+    let done = done?;
+    sqlx::query("COMMIT").execute(connection).await.map_err(|error| Fault::from(error).at_commit())?;
+    Ok(done)
+}
+
+async fn open(
+    connection: &mut SqliteConnection,
+    name: &str,
+    retention: Duration,
+) -> std::result::Result<ConsumerId, Fault> {
+    let retention = integer(u64::try_from(retention.as_micros()).unwrap_or(u64::MAX));
+    let register = "INSERT INTO hapax_consumer (name, retention) VALUES (?, ?) \
+        ON CONFLICT (name) DO UPDATE SET retention = excluded.retention WHERE retention <> excluded.retention";
+    sqlx::query(register).bind(name).bind(retention).execute(&mut *connection).await?;
+    let row = sqlx::query("SELECT id FROM hapax_consumer WHERE name = ?").bind(name).fetch_one(connection).await?;
+    let id = u32::try_from(row.try_get::<i64, _>(0)?).ok().filter(|id| *id > 0);
+    id.map(ConsumerId).ok_or_else(|| Fault::incompatible(format!("consumer {name} has a number out of range")))
+}
+
+fn tell(place: &Mutex<Option<Fault>>, fault: Option<Fault>) {
+    if let Some(fault) = &fault {
+        tracing::warn!(?fault, "expired records could not be removed; the SQLite file goes on growing");
+    }
+    *place.lock().unwrap_or_else(PoisonError::into_inner) = fault;
+}
