@@ -10,10 +10,15 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use crate::dead_letter::cut;
 use crate::error::Error;
+use crate::secret::redact;
 
 /// Without a sign of life from its driver for this long, a consumer counts as stuck.
 pub const BEAT_MAX: Duration = Duration::from_secs(10);
+
+/// Longest error text in a report.
+const ERROR_BYTES_MAX: usize = 512;
 
 /// How a consumer is at one moment.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -226,6 +231,11 @@ impl Vitals {
         self.store.answered()
     }
 
+    /// Whether the last call to the store was answered.
+    pub(crate) fn is_store_up(&self) -> bool {
+        self.store.up.load(Ordering::Relaxed)
+    }
+
     /// The store did not answer. Whether that is news.
     pub(crate) fn store_down(&self, error: &Error) -> bool {
         self.store.failed(error)
@@ -313,7 +323,7 @@ impl Side {
         if was_up {
             last.0 = Instant::now();
         }
-        last.1 = Some(error.to_string());
+        last.1 = Some(cut(&redact(&error.to_string()), ERROR_BYTES_MAX).into());
         news
     }
 
@@ -372,6 +382,15 @@ mod tests {
         assert!(vitals.store_up() && !vitals.store_up());
         assert_eq!(vitals.health().store.error, None);
         assert!(vitals.health().ready);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_error_in_a_report_holds_no_credentials_and_is_short() {
+        let vitals = running();
+        let long = format!("redis://u:c4nary@h refused {}", "x".repeat(2_000));
+        vitals.broker_down(&Error::new(ErrorKind::Unavailable, "receive").because(long));
+        let error = vitals.health().broker.error.expect("it is down");
+        assert!(error.starts_with("receive: redis://***@h refused x") && error.len() == ERROR_BYTES_MAX, "{error}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,6 +15,7 @@ mod message;
 mod observer;
 mod publisher;
 mod retry;
+mod secret;
 mod shutdown;
 mod store;
 mod trace;
@@ -34,6 +35,7 @@ pub use message::{Attributes, Defect, DefectKind, Headers, Message, MessageId, M
 pub use observer::{Duplicate, HandlerEnd, Observed, Observer, ROUTES_MAX, Side, Telemetry, Verb, describe as describe_metrics};
 pub use publisher::{Outgoing, Publisher};
 pub use retry::{Backoff, Over, RetryPolicy};
+pub use secret::{SecretUrl, redact};
 pub use shutdown::shutdown_signal;
 pub use store::{
     Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, ProcessedStore, RecordView,
