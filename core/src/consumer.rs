@@ -1,0 +1,201 @@
+//! Consumer: run until shutdown, then drain.
+//!
+//! To read on: `consumer/pipeline.rs` is one delivery's life, `consumer/engine.rs` drives many of them.
+
+mod builder;
+mod calls;
+mod coalesce;
+mod copies;
+mod engine;
+mod intake;
+mod keepalive;
+mod lanes;
+mod lives;
+mod pipeline;
+mod shared;
+mod switch;
+mod verdict;
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until, timeout};
+
+pub use self::builder::{ConsumerBuilder, MissingId};
+use self::engine::Engine;
+use self::shared::Shared;
+use crate::context::Stop;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guarantee::Guarantee;
+use crate::health::{Health, Phase, Statistics};
+
+/// What is given back after the drain deadline has this long to be recorded and released.
+const GIVE_BACK: Duration = Duration::from_secs(3);
+
+/// Consumes one broker with one store: every event once, as far as its [`Guarantee`] says.
+///
+/// Made by [`Consumer::builder`].
+pub struct Consumer {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Consumer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Consumer").field(&self.shared).finish()
+    }
+}
+
+impl Consumer {
+    pub(crate) fn assemble(parts: builder::Parts) -> Self {
+        Self { shared: Arc::new(Shared::new(parts)) }
+    }
+
+    /// What this consumer promises, for each handler, and which windows are open.
+    pub fn guarantee(&self) -> &Guarantee {
+        &self.shared.guarantee
+    }
+
+    /// A handle for health, statistics, pause and stop, good for as long as anybody keeps it.
+    pub fn handle(&self) -> ConsumerHandle {
+        ConsumerHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Consumes until `shutdown` resolves, [`ConsumerHandle::stop`] is called, or the broker delivers nothing more; then
+    /// drains: takes nothing new, lets what runs finish until the deadline, and gives the rest back uncounted.
+    ///
+    /// Dropping the future is a crash: handlers end at their next await point, nothing is settled, leases expire.
+    ///
+    /// # Errors
+    /// When going on could be wrong: a store that is damaged or foreign, an adapter that breaks its contract. An outage
+    /// is no error: it waits.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        // The engine yields by itself; tokio's budget for one task is made for smaller ones.
+        tokio::task::unconstrained(drive(self.shared, shutdown)).await
+    }
+}
+
+async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Result<()> {
+    let mut engine = Engine::new(Arc::clone(&shared), pipeline::life);
+    tracing::info!(consumer = &*shared.name, "{}", shared.guarantee);
+    shared.store_is_up();
+    shared.broker_is_up();
+    engine.enter(if shared.paused() { Phase::Paused } else { Phase::Running });
+    tokio::select! {
+        biased;
+        () = shutdown => {}
+        () = shared.stop.cancelled() => {}
+        () = shared.fatal_seen.notified() => {}
+        () = shared.ended_by_broker.notified() => {}
+        () = std::future::poll_fn(|cx| engine.poll(cx)) => {}
+    }
+    engine.enter(Phase::Draining);
+    shared.drain();
+    let stopping = Arc::clone(&shared);
+    engine.call(Box::pin(async move {
+        let stop = timeout(stopping.settings.call_timeout, stopping.broker.stop());
+        if let Ok(Err(error)) = stop.await {
+            tracing::warn!(consumer = &*stopping.name, %error, "the broker could not be stopped; closing ends it");
+        }
+    }));
+    drain(&shared, &mut engine).await;
+    let left = engine.in_flight();
+    // Lives that are left are dropped before the session is closed, so that none of them settles behind it.
+    drop(engine);
+    if left > 0 {
+        tracing::warn!(consumer = &*shared.name, left, "deliveries are left to the broker unsettled");
+    }
+    let closed = match timeout(shared.settings.call_timeout, shared.broker.close()).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(ErrorKind::Unknown, "close").because("no answer within call_timeout")),
+    };
+    shared.vitals.enter(Phase::Stopped);
+    match shared.take_fatal() {
+        Some(fatal) => Err(fatal),
+        None => closed,
+    }
+}
+
+/// Until the deadline what runs may finish; then it is stopped and given back; then the calls are given up.
+async fn drain<F, L>(shared: &Shared, engine: &mut Engine<F, L>)
+where
+    F: Future<Output = ()>,
+    L: Fn(Arc<Shared>, crate::Delivery) -> F,
+{
+    let mut deadline = Instant::now() + shared.drain_deadline();
+    if shared.has_failed() {
+        deadline = Instant::now();
+    }
+    if drained(engine, deadline).await {
+        return;
+    }
+    shared.keepalive.stop_all(Stop::Shutdown);
+    if !shared.has_failed() && drained(engine, Instant::now() + GIVE_BACK).await {
+        return;
+    }
+    shared.given_up.cancel();
+    drained(engine, Instant::now() + GIVE_BACK / 6).await;
+}
+
+/// Drives until nothing is in flight, at most until `deadline`.
+async fn drained<F, L>(engine: &mut Engine<F, L>, deadline: Instant) -> bool
+where
+    F: Future<Output = ()>,
+    L: Fn(Arc<Shared>, crate::Delivery) -> F,
+{
+    tokio::select! {
+        biased;
+        () = std::future::poll_fn(|cx| engine.poll(cx)) => true,
+        () = sleep_until(deadline) => false,
+    }
+}
+
+/// A view of a running consumer, and the levers on it. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ConsumerHandle {
+    shared: Arc<Shared>,
+}
+
+impl ConsumerHandle {
+    /// The consumer's name.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Whether it lives, takes work, and reaches store and broker.
+    pub fn health(&self) -> Health {
+        self.shared.vitals.health()
+    }
+
+    /// What it has done since it was built.
+    pub fn statistics(&self) -> Statistics {
+        self.shared.counters.snapshot()
+    }
+
+    /// What it promises.
+    pub fn guarantee(&self) -> &Guarantee {
+        &self.shared.guarantee
+    }
+
+    /// Takes nothing new; what is in flight goes on. Takes effect within a quarter of a second.
+    pub fn pause(&self) {
+        self.shared.pause_intake(true);
+    }
+
+    /// Takes work again.
+    pub fn resume(&self) {
+        self.shared.pause_intake(false);
+    }
+
+    /// Stops gracefully, as `shutdown` does.
+    pub fn stop(&self) {
+        self.shared.stop.cancel();
+    }
+
+    /// Stops gracefully with another deadline than the consumer's own.
+    pub fn stop_within(&self, deadline: Duration) {
+        self.shared.set_drain_deadline(deadline);
+        self.stop();
+    }
+}

@@ -1,0 +1,285 @@
+//! The batched calls to store, broker and publisher: a deadline each, repeated until they are answered, halved when a
+//! bad item is in them. Every call of the contracts can be repeated, so an unknown outcome is asked again.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use tokio::time::{Instant, timeout};
+
+use super::coalesce::{Batch, Coalescer};
+use super::shared::Shared;
+use crate::broker::{Receipt, Settlement};
+use crate::error::{Error, ErrorKind, Result};
+use crate::observer::{Observed, Side, Verb};
+use crate::publisher::Outgoing;
+use crate::store::{Claim, ClaimRequest, Lease, Outcome, Recorded};
+
+/// Why a call has no answer.
+#[derive(Debug)]
+pub(super) enum GivenUp {
+    /// This one item is refused for good.
+    Refused(Box<str>),
+    /// The consumer stopped before an answer came, the session ended, or nothing can go on.
+    Stopped,
+}
+
+/// What a claim is answered, and when it was asked: the lease counts from there.
+pub(super) type ClaimAnswer = std::result::Result<(Claim, Instant), GivenUp>;
+pub(super) type ClaimCalls = Coalescer<ClaimRequest, ClaimAnswer>;
+pub(super) type RecordCalls = Coalescer<(Lease, Outcome), std::result::Result<Recorded, GivenUp>>;
+pub(super) type SettleCalls = Coalescer<(Receipt, Settlement), std::result::Result<(), GivenUp>>;
+pub(super) type PublishCalls = Coalescer<Outgoing, std::result::Result<(), GivenUp>>;
+
+/// A question to the store.
+type Asked<'q, A> = Pin<Box<dyn Future<Output = Result<Vec<A>>> + Send + 'q>>;
+
+/// A call under way.
+pub(super) type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The longest wait between two tries of a call to the store.
+pub(super) const STORE_RETRY_MAX: Duration = Duration::from_secs(1);
+/// The longest wait between two tries of a call to the broker.
+const BROKER_RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Waits between tries: from 50 ms, doubling.
+pub(super) fn delays(longest: Duration) -> ExponentialBackoff {
+    let delays = ExponentialBuilder::new().with_min_delay(Duration::from_millis(50)).with_max_delay(longest);
+    delays.with_factor(2.0).without_max_times().build()
+}
+
+impl Shared {
+    /// Launches each gathering batch whose predecessor has returned.
+    pub(super) fn launch(self: &Arc<Self>, mut launched: impl FnMut(Call)) {
+        if let Some(batch) = self.claims.launch() {
+            let shared = Arc::clone(self);
+            launched(Box::pin(async move {
+                shared.claim_batch(batch).await;
+                shared.claims.returned();
+            }));
+        }
+        if let Some(batch) = self.records.launch() {
+            let shared = Arc::clone(self);
+            launched(Box::pin(async move {
+                shared.record_batch(batch).await;
+                shared.records.returned();
+            }));
+        }
+        if let Some(batch) = self.settles.launch() {
+            let shared = Arc::clone(self);
+            launched(Box::pin(async move {
+                shared.settle_batch(batch).await;
+                shared.settles.returned();
+            }));
+        }
+        if let Some(batch) = self.publishes.launch() {
+            let shared = Arc::clone(self);
+            launched(Box::pin(async move {
+                shared.publish_batch(batch).await;
+                shared.publishes.returned();
+            }));
+        }
+    }
+
+    async fn claim_batch(&self, batch: Batch<ClaimRequest, ClaimAnswer>) {
+        fn claim<'q>(shared: &'q Shared, requests: &'q [ClaimRequest]) -> Asked<'q, Claim> {
+            shared.store.claim(requests, shared.settings.lease)
+        }
+        self.ask_store(Verb::Claim, batch, claim, |claim, asked| (claim, asked)).await;
+    }
+
+    async fn record_batch(&self, batch: Batch<(Lease, Outcome), std::result::Result<Recorded, GivenUp>>) {
+        fn record<'q>(shared: &'q Shared, records: &'q [(Lease, Outcome)]) -> Asked<'q, Recorded> {
+            shared.store.record(records)
+        }
+        self.ask_store(Verb::Record, batch, record, |recorded, _| recorded).await;
+    }
+
+    /// Asks the store until it answered every item, or the consumer gives up.
+    async fn ask_store<Q, A, R>(
+        &self,
+        verb: Verb,
+        batch: Batch<Q, std::result::Result<R, GivenUp>>,
+        call: for<'q> fn(&'q Self, &'q [Q]) -> Asked<'q, A>,
+        answer: fn(A, Instant) -> R,
+    ) {
+        let mut ranges = vec![0..batch.requests.len()];
+        let mut waits = delays(STORE_RETRY_MAX);
+        while let Some(range) = ranges.pop() {
+            let asked = Instant::now();
+            let requests = &batch.requests[range.clone()];
+            match self.in_time(verb, requests.len(), call(self, requests)).await {
+                Ok(answers) => {
+                    self.store_is_up();
+                    batch.answer(range.start, answers.into_iter().map(|a| Ok(answer(a, asked))));
+                }
+                // A bad item: halved until it stands alone, so that it stops nobody.
+                Err(error) if error.kind() == ErrorKind::Rejected => match halves(range.clone()) {
+                    Some(halves) => ranges.extend(halves),
+                    None => batch.answer(range.start, [Err(GivenUp::Refused(error.to_string().into()))]),
+                },
+                Err(error) if error.is_retryable() => {
+                    self.store_is_down(&error);
+                    ranges.push(range);
+                    if !self.pause(&mut waits).await {
+                        return give_up(&batch, &ranges);
+                    }
+                }
+                Err(error) => {
+                    ranges.push(range);
+                    give_up(&batch, &ranges);
+                    return self.fail(error);
+                }
+            }
+        }
+    }
+
+    /// Settles until every item is answered or stale. A dead letter that cannot be placed is tried again: never acked,
+    /// never dropped.
+    async fn settle_batch(&self, batch: Batch<(Receipt, Settlement), std::result::Result<(), GivenUp>>) {
+        let mut waits = delays(BROKER_RETRY_MAX);
+        let mut open: Vec<usize> = (0..batch.requests.len()).collect();
+        while !open.is_empty() {
+            // The first time it is the whole batch as it is; later the few that failed.
+            let again: Vec<_>;
+            let items = if open.len() == batch.requests.len() {
+                &batch.requests
+            } else {
+                again = open.iter().map(|index| batch.requests[*index].clone()).collect();
+                &again
+            };
+            let settle = async { Ok(self.broker.settle(items).await) };
+            let results = match self.in_time(Verb::Settle, items.len(), settle).await {
+                Ok(results) => results,
+                Err(error) => (0..items.len()).map(|_| Err(Error::new(error.kind(), "settle"))).collect(),
+            };
+            let mut failed = Vec::new();
+            for (index, result) in open.into_iter().zip(results) {
+                match result {
+                    Ok(()) => batch.answer(index, [Ok(())]),
+                    Err(error) if error.kind() == ErrorKind::Stale => batch.answer(index, [Err(GivenUp::Stopped)]),
+                    Err(error) => {
+                        self.broker_is_down(&error);
+                        failed.push(index);
+                    }
+                }
+            }
+            open = failed;
+            if open.is_empty() {
+                self.broker_is_up();
+            } else if !self.pause(&mut waits).await {
+                open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
+            }
+        }
+    }
+
+    /// Publishes until every item is answered or refused.
+    async fn publish_batch(&self, batch: Batch<Outgoing, std::result::Result<(), GivenUp>>) {
+        let Some(publisher) = &self.publisher else { return };
+        let mut waits = delays(BROKER_RETRY_MAX);
+        let mut open: Vec<usize> = (0..batch.requests.len()).collect();
+        while !open.is_empty() {
+            let items: Vec<_> = open.iter().map(|index| batch.requests[*index].clone()).collect();
+            let count = items.len();
+            let publish = async { Ok(publisher.publish(items).await) };
+            let results = match self.in_time(Verb::Publish, count, publish).await {
+                Ok(results) => results,
+                Err(error) => (0..count).map(|_| Err(Error::new(error.kind(), "publish"))).collect(),
+            };
+            let mut failed = Vec::new();
+            for (index, result) in open.into_iter().zip(results) {
+                match result {
+                    Ok(()) => batch.answer(index, [Ok(())]),
+                    Err(error) if error.is_retryable() => {
+                        let text = error.to_string();
+                        self.observe(&Observed::Reach { side: Side::Publisher, up: false, error: &text });
+                        failed.push(index);
+                    }
+                    Err(error) => batch.answer(index, [Err(GivenUp::Refused(error.to_string().into()))]),
+                }
+            }
+            open = failed;
+            if !open.is_empty() && !self.pause(&mut waits).await {
+                open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
+            }
+        }
+    }
+
+    /// Renews leases once; what could not be asked is asked at the next tick, until the lease is over.
+    pub(super) async fn renew(&self, due: Vec<(usize, Lease)>) {
+        let sent = Instant::now();
+        let leases: Vec<_> = due.iter().map(|(_, lease)| *lease).collect();
+        let renew = self.store.renew(&leases, self.settings.lease);
+        match self.in_time(Verb::Renew, leases.len(), renew).await {
+            Ok(answers) => {
+                self.store_is_up();
+                let lost = self.keepalive.renewed(&due, &answers, sent);
+                (0..lost).for_each(|_| self.observe(&Observed::LeaseLost));
+            }
+            Err(error) if error.is_retryable() => self.store_is_down(&error),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// Asks an idle store whether it is back.
+    pub(super) async fn probe(&self) {
+        match timeout(self.settings.call_timeout, self.store.probe()).await {
+            Ok(Ok(_)) => self.store_is_up(),
+            Ok(Err(error)) if !error.is_retryable() => self.fail(error),
+            Ok(Err(error)) => self.store_is_down(&error),
+            Err(_) => {}
+        }
+    }
+
+    /// A call with its deadline and one answer for each item. Dropping it means that its outcome is unknown.
+    async fn in_time<A>(&self, verb: Verb, items: usize, call: impl Future<Output = Result<Vec<A>>>) -> Result<Vec<A>> {
+        let asked = Instant::now();
+        let result = match timeout(self.settings.call_timeout, call).await {
+            Ok(Ok(answers)) if answers.len() != items => {
+                let why = format!("{} answers to {items} items", answers.len());
+                Err(Error::new(ErrorKind::Internal, name(verb)).because(why))
+            }
+            Ok(result) => result,
+            Err(_) => {
+                let why = format!("no answer within call_timeout = {:?}", self.settings.call_timeout);
+                Err(Error::new(ErrorKind::Unknown, name(verb)).because(why))
+            }
+        };
+        self.observe(&Observed::Called { verb, batch: items, took: asked.elapsed(), ok: result.is_ok() });
+        result
+    }
+
+    /// Waits before the next try; false when the consumer gives up.
+    async fn pause(&self, waits: &mut ExponentialBackoff) -> bool {
+        let wait = waits.next().unwrap_or(BROKER_RETRY_MAX).mul_f32(1.0 + 0.25 * self.chance());
+        tokio::select! {
+            biased;
+            () = self.given_up.cancelled() => false,
+            () = tokio::time::sleep(wait) => true,
+        }
+    }
+}
+
+fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {
+    let middle = range.start + range.len() / 2;
+    (range.len() > 1).then(|| [middle..range.end, range.start..middle])
+}
+
+fn give_up<Q, R>(batch: &Batch<Q, std::result::Result<R, GivenUp>>, ranges: &[Range<usize>]) {
+    for range in ranges {
+        batch.answer(range.start, range.clone().map(|_| Err(GivenUp::Stopped)));
+    }
+}
+
+fn name(verb: Verb) -> &'static str {
+    match verb {
+        Verb::Claim => "claim",
+        Verb::Renew => "renew",
+        Verb::Record => "record",
+        Verb::Settle => "settle",
+        Verb::Publish => "publish",
+    }
+}

@@ -1,0 +1,210 @@
+//! The engine: one future that drives every life of a consumer.
+//!
+//! A round polls the lives that were woken, launches the batches whose predecessor has returned, polls the calls under
+//! way, and takes what arrived. Handlers run on tasks of their own, so nothing of the user's blocks it.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+
+use super::calls::Call;
+use super::intake::{Arrived, Intake};
+use super::lanes::{Lane, Lanes};
+use super::lives::Lives;
+use super::shared::Shared;
+use crate::broker::{Delivery, Want};
+use crate::health::Phase;
+use crate::observer::Observed;
+use crate::settings::Order;
+
+/// After so many rounds the engine lets others have the thread.
+const ROUNDS_MAX: usize = 32;
+
+/// Drives lives of type `F`, which `live` makes of deliveries.
+pub(super) struct Engine<F, L> {
+    shared: Arc<Shared>,
+    live: L,
+    lives: Lives<F, Tag>,
+    lanes: Option<Lanes<Delivery>>,
+    calls: FuturesUnordered<Call>,
+    intake: Intake,
+    tick: Interval,
+    events: usize,
+    bytes: usize,
+}
+
+/// What is known of a life apart from it.
+struct Tag {
+    bytes: usize,
+    lane: Option<Lane>,
+}
+
+impl<F, L> Engine<F, L>
+where
+    F: Future<Output = ()>,
+    L: Fn(Arc<Shared>, Delivery) -> F,
+{
+    pub(super) fn new(shared: Arc<Shared>, live: L) -> Self {
+        let mut tick = interval(shared.keepalive.tick());
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            live,
+            lives: Lives::new(),
+            lanes: (shared.order == Order::PerKey).then(Lanes::new),
+            calls: FuturesUnordered::new(),
+            intake: Intake::new(Arc::clone(&shared.broker)),
+            tick,
+            events: 0,
+            bytes: 0,
+            shared,
+        }
+    }
+
+    /// Drives until nothing is in flight and nothing more comes.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        for _ in 0..ROUNDS_MAX {
+            let mut moved = self.poll_lives(cx);
+            self.shared.launch(|call| self.calls.push(call));
+            moved |= self.poll_calls(cx);
+            moved |= self.poll_intake(cx);
+            moved |= self.poll_tick(cx);
+            if !moved {
+                let over = self.shared.is_draining() && self.events == 0;
+                return if over { Poll::Ready(()) } else { Poll::Pending };
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_lives(&mut self, cx: &Context<'_>) -> bool {
+        let Self { lives, lanes, events, bytes, .. } = self;
+        let mut next = Vec::new();
+        let polled = lives.poll(cx, |tag| {
+            *events -= 1;
+            *bytes -= tag.bytes;
+            if let (Some(lanes), Some(lane)) = (lanes.as_mut(), tag.lane) {
+                next.extend(lanes.leave(lane).map(|delivery| (delivery, lane)));
+            }
+        });
+        for (delivery, lane) in next {
+            self.start(delivery, Some(lane));
+        }
+        polled
+    }
+
+    fn poll_calls(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut returned = false;
+        while let Poll::Ready(Some(())) = self.calls.poll_next_unpin(cx) {
+            returned = true;
+        }
+        returned
+    }
+
+    fn poll_intake(&mut self, cx: &mut Context<'_>) -> bool {
+        let room = self.room();
+        let Poll::Ready(arrived) = self.intake.poll(cx, room) else { return false };
+        match arrived {
+            Arrived::Deliveries(deliveries) => self.arrived(deliveries),
+            Arrived::Stopped => {
+                if !self.shared.is_draining() {
+                    self.shared.ended_by_broker.notify_one();
+                }
+            }
+            Arrived::Failed(error) if error.is_retryable() => self.shared.broker_is_down(&error),
+            Arrived::Failed(error) => self.shared.fail(error),
+        }
+        true
+    }
+
+    /// What may be received now.
+    fn room(&self) -> Option<Want> {
+        let (shared, settings) = (&self.shared, &self.shared.settings);
+        if shared.is_draining() || shared.paused() || !shared.vitals.is_store_up() {
+            return None;
+        }
+        let (events, bytes) = (settings.in_flight_max - self.events, settings.in_flight_bytes_max);
+        if shared.switch.is_open() {
+            // One delivery to probe with, unless there is one that waits for the probe already.
+            return (self.events == 0).then_some(Want { events: 1, bytes });
+        }
+        let bytes = bytes.saturating_sub(self.bytes);
+        (events > 0 && bytes > 0).then_some(Want { events, bytes })
+    }
+
+    fn arrived(&mut self, deliveries: Vec<Delivery>) {
+        let events = deliveries.len();
+        let mut bytes = 0;
+        self.shared.broker_is_up();
+        for delivery in deliveries {
+            bytes += delivery.message.bytes();
+            self.events += 1;
+            self.bytes += delivery.message.bytes();
+            match self.lanes.as_mut().and_then(|lanes| Some((lanes, Lane::of(&delivery.message)?))) {
+                Some((lanes, lane)) => {
+                    if let Some(delivery) = lanes.enter(lane, delivery) {
+                        self.start(delivery, Some(lane));
+                    }
+                }
+                None => self.start(delivery, None),
+            }
+        }
+        self.shared.counters.delivered.add(events);
+        self.shared.observe(&Observed::Received { events, bytes });
+    }
+
+    fn start(&mut self, delivery: Delivery, lane: Option<Lane>) {
+        let tag = Tag { bytes: delivery.message.bytes(), lane };
+        self.lives.start((self.live)(Arc::clone(&self.shared), delivery), tag);
+    }
+
+    fn poll_tick(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.tick.poll_tick(cx).is_pending() {
+            return false;
+        }
+        let shared = &self.shared;
+        let now = Instant::now();
+        shared.vitals.beat();
+        shared.vitals.in_flight(self.events, self.bytes, None);
+        shared.observe(&Observed::InFlight { events: self.events, bytes: self.bytes });
+        if let Some(messages) = shared.broker.lag() {
+            shared.observe(&Observed::Lag { messages });
+        }
+        let due = shared.keepalive.due(now);
+        (0..due.lost).for_each(|_| shared.observe(&Observed::LeaseLost));
+        if !due.renew.is_empty() && shared.begin_renewal() {
+            let shared = Arc::clone(shared);
+            self.calls.push(Box::pin(async move {
+                for leases in due.renew.chunks(shared.settings.batch_max) {
+                    shared.renew(leases.to_vec()).await;
+                }
+                shared.end_renewal();
+            }));
+        }
+        // With no call under way nothing else would find out that the store is back.
+        if !shared.vitals.is_store_up() && self.calls.is_empty() {
+            let shared = Arc::clone(shared);
+            self.calls.push(Box::pin(async move { shared.probe().await }));
+        }
+        true
+    }
+
+    /// Drives this call beside the others.
+    pub(super) fn call(&mut self, call: Call) {
+        self.calls.push(call);
+    }
+
+    /// What is in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.events
+    }
+
+    /// Says in which phase the consumer is.
+    pub(super) fn enter(&self, phase: Phase) {
+        self.shared.vitals.enter(phase);
+    }
+}

@@ -1,0 +1,78 @@
+//! Intake: the receive loop. Takes as much as there is room for, in events and in bytes, and nothing while the consumer
+//! is paused, the store is out of reach, or the kill switch is open.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use backon::ExponentialBackoff;
+use tokio::time::{Duration, Sleep, sleep};
+
+use super::calls::delays;
+use crate::broker::{Broker, Delivery, Want};
+use crate::error::{Error, Result};
+
+type Receiving = Pin<Box<dyn Future<Output = Result<Vec<Delivery>>> + Send>>;
+
+/// The longest wait between two tries to receive.
+const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// The receive loop of one consumer.
+pub(super) struct Intake {
+    broker: Arc<dyn Broker>,
+    receiving: Option<Receiving>,
+    pausing: Option<Pin<Box<Sleep>>>,
+    waits: ExponentialBackoff,
+    stopped: bool,
+}
+
+/// What intake has to tell.
+pub(super) enum Arrived {
+    /// Deliveries.
+    Deliveries(Vec<Delivery>),
+    /// The broker will deliver nothing more.
+    Stopped,
+    /// Receiving failed; it is tried again if that can help.
+    Failed(Error),
+}
+
+impl Intake {
+    pub(super) fn new(broker: Arc<dyn Broker>) -> Self {
+        Self { broker, receiving: None, pausing: None, waits: delays(RECEIVE_RETRY_MAX), stopped: false }
+    }
+
+    /// Receives up to `room`; `None` means that nothing may be taken now: a receive under way is dropped, which loses
+    /// nothing.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, room: Option<Want>) -> Poll<Arrived> {
+        let Some(want) = room.filter(|_| !self.stopped) else {
+            self.receiving = None;
+            return Poll::Pending;
+        };
+        if let Some(pausing) = &mut self.pausing {
+            std::task::ready!(pausing.as_mut().poll(cx));
+            self.pausing = None;
+        }
+        let receiving = self.receiving.get_or_insert_with(|| {
+            let broker = Arc::clone(&self.broker);
+            Box::pin(async move { broker.receive(want).await })
+        });
+        let result = std::task::ready!(receiving.as_mut().poll(cx));
+        self.receiving = None;
+        Poll::Ready(match result {
+            Ok(deliveries) if deliveries.is_empty() => {
+                self.stopped = true;
+                Arrived::Stopped
+            }
+            Ok(deliveries) => {
+                self.waits = delays(RECEIVE_RETRY_MAX);
+                Arrived::Deliveries(deliveries)
+            }
+            Err(error) => {
+                let wait = self.waits.next().unwrap_or(RECEIVE_RETRY_MAX);
+                self.pausing = Some(Box::pin(sleep(wait)));
+                Arrived::Failed(error)
+            }
+        })
+    }
+}

@@ -1,0 +1,179 @@
+//! Keepalive: renews leases while handlers run, says when one is lost, and ends handlers whose time is over.
+//!
+//! One tick looks at all leases, so that an event costs no timer. It runs in the engine and never in a handler: a
+//! handler that blocks does not stop the renewals of others.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::context::{Run, Stop};
+use crate::store::{Lease, Renewal};
+
+/// The leases this consumer holds.
+pub(super) struct Keepalive {
+    table: Mutex<Table>,
+    lease: Duration,
+}
+
+#[derive(Default)]
+struct Table {
+    holds: Vec<Option<Hold>>,
+    free: Vec<usize>,
+}
+
+struct Hold {
+    lease: Lease,
+    /// When the request was sent that the lease counts from: earlier than the store's own instant, so never too late.
+    renewed: Instant,
+    run: Option<Arc<Run>>,
+    waker: Waker,
+    lost: bool,
+}
+
+/// A lease that is renewed until this is dropped.
+pub(super) struct Held<'a> {
+    keepalive: &'a Keepalive,
+    index: usize,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut table = self.keepalive.lock();
+        table.holds[self.index] = None;
+        table.free.push(self.index);
+    }
+}
+
+impl Held<'_> {
+    /// From now on this run is told when the lease is lost or its time is over, and the life is woken.
+    pub(super) fn watch(&self, run: &Arc<Run>) {
+        let mut table = self.keepalive.lock();
+        if let Some(hold) = &mut table.holds[self.index] {
+            if hold.lost {
+                run.stop(Stop::LeaseLost);
+            }
+            hold.run = Some(Arc::clone(run));
+        }
+    }
+
+    /// Whether the lease was lost.
+    pub(super) fn is_lost(&self) -> bool {
+        self.keepalive.lock().holds[self.index].as_ref().is_some_and(|hold| hold.lost)
+    }
+}
+
+/// What one tick found.
+#[derive(Default)]
+pub(super) struct Due {
+    /// Leases to renew.
+    pub(super) renew: Vec<(usize, Lease)>,
+    /// How many leases were lost since the last tick.
+    pub(super) lost: usize,
+}
+
+impl Keepalive {
+    pub(super) fn new(lease: Duration) -> Self {
+        Self { table: Mutex::default(), lease }
+    }
+
+    /// How often to look: often enough for the shortest sensible lease, and never more than four times a second for
+    /// long ones.
+    pub(super) fn tick(&self) -> Duration {
+        (self.lease / 12).clamp(Duration::from_millis(5), Duration::from_millis(250))
+    }
+
+    /// Keeps a lease that was claimed by a request sent at `sent`. `waker` is the life's.
+    pub(super) fn hold(&self, lease: Lease, sent: Instant, waker: Waker) -> Held<'_> {
+        let mut table = self.lock();
+        let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost: false });
+        let index = match table.free.pop() {
+            Some(index) => {
+                table.holds[index] = hold;
+                index
+            }
+            None => {
+                table.holds.push(hold);
+                table.holds.len() - 1
+            }
+        };
+        Held { keepalive: self, index }
+    }
+
+    /// Ends what is over and says which leases to renew.
+    pub(super) fn due(&self, now: Instant) -> Due {
+        let mut due = Due::default();
+        let mut table = self.lock();
+        for (index, hold) in table.holds.iter_mut().enumerate() {
+            let Some(hold) = hold else { continue };
+            if let Some(run) = hold.run.as_ref().filter(|run| run.deadline() <= now && run.stopped().is_none()) {
+                run.stop(Stop::Timeout);
+                hold.waker.wake_by_ref();
+            }
+            if hold.lost {
+                continue;
+            }
+            let age = now.saturating_duration_since(hold.renewed);
+            // A tenth of the lease is the margin for clocks that run at different speeds.
+            if age >= self.lease - self.lease / 10 {
+                due.lost += 1;
+                hold.lose();
+            } else if age >= self.lease / 3 {
+                due.renew.push((index, hold.lease));
+            }
+        }
+        due
+    }
+
+    /// Takes the answers to renewals sent at `sent`. Answers how many leases are lost.
+    pub(super) fn renewed(&self, asked: &[(usize, Lease)], answers: &[Renewal], sent: Instant) -> usize {
+        let mut table = self.lock();
+        let mut lost = 0;
+        for ((index, lease), answer) in asked.iter().zip(answers) {
+            // The slot may have been given to another lease in the meantime.
+            let Some(hold) = table.holds[*index].as_mut().filter(|hold| hold.lease == *lease) else { continue };
+            match answer {
+                Renewal::Renewed => hold.renewed = hold.renewed.max(sent),
+                Renewal::Lost if !hold.lost => {
+                    lost += 1;
+                    hold.lose();
+                }
+                Renewal::Lost => {}
+            }
+        }
+        lost
+    }
+
+    /// Tells every run to stop.
+    pub(super) fn stop_all(&self, why: Stop) {
+        for hold in self.lock().holds.iter().flatten() {
+            if let Some(run) = &hold.run {
+                run.stop(why);
+            }
+            hold.waker.wake_by_ref();
+        }
+    }
+
+    /// Tells every run that the consumer shuts down soon, without ending it.
+    pub(super) fn announce_shutdown(&self) {
+        for run in self.lock().holds.iter().flatten().filter_map(|hold| hold.run.as_ref()) {
+            run.announce_shutdown();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Hold {
+    fn lose(&mut self) {
+        self.lost = true;
+        if let Some(run) = &self.run {
+            run.stop(Stop::LeaseLost);
+        }
+        self.waker.wake_by_ref();
+    }
+}

@@ -1,0 +1,152 @@
+//! The set of lives that one driver polls: slots that are used again, so that a life costs no allocation of its own.
+//!
+//! Apart from the engine because it knows nothing of deliveries: it polls what was woken and says what ended.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Wake, Waker};
+
+use futures_util::task::AtomicWaker;
+
+/// Lives of type `F`, each with a tag that comes back when it ends.
+pub(super) struct Lives<F, T> {
+    slots: Vec<Slot<F, T>>,
+    free: Vec<usize>,
+    woken: Arc<Woken>,
+    round: Vec<usize>,
+}
+
+struct Slot<F, T> {
+    life: Pin<Box<Option<F>>>,
+    tag: Option<T>,
+    wake: Arc<SlotWake>,
+    waker: Waker,
+}
+
+/// Which slots were woken since the last round.
+#[derive(Default)]
+struct Woken {
+    slots: Mutex<Vec<usize>>,
+    driver: AtomicWaker,
+}
+
+struct SlotWake {
+    index: usize,
+    queued: AtomicBool,
+    woken: Arc<Woken>,
+}
+
+impl Wake for SlotWake {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.queued.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let mut slots = self.woken.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.push(self.index);
+        let first = slots.len() == 1;
+        drop(slots);
+        // The driver takes the whole list in one round, so only the first of a round has to wake it.
+        if first {
+            self.woken.driver.wake();
+        }
+    }
+}
+
+impl<F: Future<Output = ()>, T> Lives<F, T> {
+    pub(super) fn new() -> Self {
+        Self { slots: Vec::new(), free: Vec::new(), woken: Arc::default(), round: Vec::new() }
+    }
+
+    /// Puts a life into a free slot; it is polled in the next round.
+    pub(super) fn start(&mut self, life: F, tag: T) {
+        let index = self.free.pop().unwrap_or_else(|| self.add_slot());
+        let slot = &mut self.slots[index];
+        slot.life.set(Some(life));
+        slot.tag = Some(tag);
+        slot.wake.wake_by_ref();
+    }
+
+    fn add_slot(&mut self) -> usize {
+        let index = self.slots.len();
+        let wake = Arc::new(SlotWake { index, queued: AtomicBool::new(false), woken: Arc::clone(&self.woken) });
+        let waker = Waker::from(Arc::clone(&wake));
+        self.slots.push(Slot { life: Box::pin(None), tag: None, wake, waker });
+        index
+    }
+
+    /// How many lives there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers whether any was
+    /// polled; wakes `cx` when there is another.
+    pub(super) fn poll(&mut self, cx: &Context<'_>, mut ended: impl FnMut(T)) -> bool {
+        // Registered before the list is read: a wake between the two is seen by one of them.
+        self.woken.driver.register(cx.waker());
+        std::mem::swap(&mut self.round, &mut *self.woken.slots.lock().unwrap_or_else(PoisonError::into_inner));
+        let any = !self.round.is_empty();
+        for index in self.round.drain(..) {
+            let slot = &mut self.slots[index];
+            // Cleared before the poll: a wake during it queues the slot again.
+            slot.wake.queued.store(false, Ordering::Release);
+            let Some(life) = slot.life.as_mut().as_pin_mut() else { continue };
+            if life.poll(&mut Context::from_waker(&slot.waker)).is_ready() {
+                slot.life.set(None);
+                self.free.push(index);
+                slot.tag.take().into_iter().for_each(&mut ended);
+            }
+        }
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::task::noop_waker;
+
+    #[test]
+    fn a_slot_is_used_again_and_a_late_wake_of_its_former_life_is_harmless() {
+        let mut lives = Lives::new();
+        let mut ended = Vec::new();
+        let waker = noop_waker();
+        let cx = Context::from_waker(&waker);
+        lives.start(std::future::ready(()), 1);
+        assert!(lives.poll(&cx, |tag| ended.push(tag)));
+        lives.slots[0].wake.wake_by_ref();
+        assert!(lives.poll(&cx, |tag| ended.push(tag)));
+        lives.start(std::future::ready(()), 2);
+        assert_eq!((lives.len(), lives.slots.len()), (1, 1));
+        lives.poll(&cx, |tag| ended.push(tag));
+        assert_eq!(ended, [1, 2]);
+        assert!(!lives.poll(&cx, |_| ()));
+    }
+
+    #[tokio::test]
+    async fn a_life_that_wakes_itself_is_polled_again() {
+        let mut lives = Lives::new();
+        let mut polls = 0;
+        let life = std::future::poll_fn(move |cx| {
+            polls += 1;
+            cx.waker().wake_by_ref();
+            if polls == 3 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        });
+        lives.start(life, ());
+        let mut rounds = 0;
+        std::future::poll_fn(|cx| {
+            let mut over = false;
+            lives.poll(cx, |()| over = true);
+            rounds += 1;
+            if over { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        })
+        .await;
+        assert_eq!(rounds, 3);
+    }
+}

@@ -1,0 +1,454 @@
+//! ONE DELIVERY'S LIFE: read this file first.
+//!
+//! [`life`] is the whole of it, from the delivery's arrival to its settlement, downward in order. The order inside each
+//! arm is the design: what is recorded before what is settled decides what a crash between the two can do. The
+//! decisions are in `verdict.rs`, the batched calls in `calls.rs`; what drives many lives at once is `engine.rs`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::calls::GivenUp;
+use super::keepalive::Held;
+use super::shared::{Event, Place, Read, Shared, Suspect};
+use super::switch;
+use super::verdict::{self, Answer, Delay, Verdict};
+use crate::broker::{Delivery, Settlement};
+use crate::context::{Run, Stop};
+use crate::dead_letter::Reason;
+use crate::event::Ended;
+use crate::handler::{Failure, FailureKind};
+use crate::observer::{Duplicate, HandlerEnd, Observed};
+use crate::store::{History, Lease, Outcome, Recorded, Trouble};
+
+/// What a life does next.
+enum Step {
+    /// Settle, and that was it.
+    Settle(Settlement),
+    /// Claim again at once: what we held is not ours any more, or is due.
+    ClaimAgain,
+    /// Claim again with the same token: whether our last write took place is unknown, and the answer tells.
+    AskAgain,
+    /// Wait here, unsettled and without a permit, then claim again.
+    Wait(Duration),
+    /// Wait until no other event with a crash in its history runs, then claim again.
+    WaitAlone,
+    /// Leave it unsettled: the broker delivers it again when its session ends.
+    Leave,
+}
+
+/// One delivery, from arrival to settlement.
+pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
+    // Decided by the message alone, before anything is claimed: no store round trip.
+    let mut event = match p.read(&delivery) {
+        Read::Event(event) => event,
+        Read::Ignored => {
+            p.counters.ignored.one();
+            p.observe(&Observed::Ignored);
+            return p.settle(&delivery, Settlement::Ack).await.unwrap_or_default();
+        }
+        Read::Unfit(reason, error) => return p.set_aside_unrecorded(&delivery, reason, &error).await,
+    };
+    // Copies of one event in this process take turns: the second finds the first's record.
+    let Some(_turn) = p.turn(event.key).await else { return p.give_back(&delivery).await };
+    let mut request = p.request(&event, &delivery);
+    let mut polls = Polls::default();
+    let mut alone = None;
+    loop {
+        // Waits come before the claim, so that no claim waits: only what can run is claimed.
+        let Some(mut place) = p.admit(&delivery, &event).await else { return p.give_back(&delivery).await };
+        let step = match p.claims.call(request).await {
+            Ok((claim, sent)) => match verdict::after_claim(claim, p.retry(&event).attempts(), &p.bounds) {
+                Answer::Run(lease, history) => {
+                    place.sent = Some(sent);
+                    if history.as_ref().is_some_and(|history| history.crashes > 0) {
+                        p.run_alone(&delivery, &mut event, place, lease, history, &mut alone).await
+                    } else {
+                        p.run(&delivery, &mut event, place, lease, history).await
+                    }
+                }
+                Answer::Doom { lease, reason, recorded, history } => {
+                    let held = p.keepalive.hold(lease, sent, waker().await);
+                    p.bury(&delivery, &held, Burial::at_claim(lease, reason, recorded, history)).await
+                }
+                Answer::Duplicate { dead, ago } => p.ended_before(&mut event, dead, ago),
+                Answer::Conflict => {
+                    p.counters.conflicts.one();
+                    p.observe(&Observed::Conflict);
+                    let error = "the id is known with other data: publish it under a new id";
+                    return p.set_aside_unrecorded(&delivery, Reason::Conflict, error).await;
+                }
+                Answer::Held(wait) => {
+                    p.observe(&Observed::Duplicate { of: Duplicate::Held, ago: None });
+                    p.wait_or_retry(wait, polls.next(wait))
+                }
+                Answer::NotYet(wait) => p.wait_or_retry(wait, wait),
+            },
+            Err(GivenUp::Refused(why)) => return p.set_aside_unrecorded(&delivery, Reason::Refused, &why).await,
+            Err(GivenUp::Stopped) => Step::Leave,
+        };
+        match step {
+            Step::Settle(settlement) => return p.settle(&delivery, settlement).await.unwrap_or_default(),
+            Step::Leave => return,
+            Step::AskAgain => continue,
+            Step::ClaimAgain => {}
+            Step::Wait(wait) => {
+                if !p.wait(wait, &delivery).await {
+                    return p.give_back(&delivery).await;
+                }
+            }
+            Step::WaitAlone => match p.turn_alone().await {
+                Some(turn) => alone = Some(turn),
+                None => return p.give_back(&delivery).await,
+            },
+        }
+        request = p.request(&event, &delivery);
+    }
+}
+
+impl Shared {
+    /// An event during which a process died before: one after the other, so that innocents beside a killer do not
+    /// reach the crash limit with it. Who has not the turn gives its claim back and waits unclaimed.
+    async fn run_alone<'a>(
+        &'a self,
+        delivery: &Delivery,
+        event: &mut Event,
+        place: Place<'a>,
+        lease: Lease,
+        history: Option<Box<History>>,
+        alone: &mut Option<tokio::sync::SemaphorePermit<'a>>,
+    ) -> Step {
+        self.observe(&Observed::TakenOver);
+        let suspect = Suspect::claimed(self);
+        if alone.is_none() {
+            *alone = self.alone.try_acquire().ok();
+        }
+        if alone.is_none() {
+            let trouble = history.map(|history| history.trouble).unwrap_or_default();
+            let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble };
+            return match self.record(lease, outcome).await {
+                Ok(_) => Step::WaitAlone,
+                Err(_) => Step::Leave,
+            };
+        }
+        // The others' claims are given back first: a crash of this process must not count for them.
+        suspect.is_the_only_one().await;
+        self.run(delivery, event, place, lease, history).await
+    }
+
+    /// A granted claim: handler, record, and what is to be settled.
+    async fn run(
+        &self,
+        delivery: &Delivery,
+        event: &mut Event,
+        place: Place<'_>,
+        lease: Lease,
+        history: Option<Box<History>>,
+    ) -> Step {
+        if let Some(trouble) = event.uncommitted(lease) {
+            let after = self.retry(event).delay(lease.attempt, "", self.chance());
+            return self.failed_for(delivery, lease, trouble, after, true).await;
+        }
+        let sent = place.sent.unwrap_or_else(Instant::now);
+        let held = self.keepalive.hold(lease, sent, waker().await);
+        let _transaction = self.transaction_turn(event).await;
+        if held.is_lost() {
+            return Step::ClaimAgain;
+        }
+        if self.is_draining() || !delivery.session.is_live() {
+            return self.give_back_claim(lease, history).await;
+        }
+        let crashes = history.as_ref().map_or(0, |history| history.crashes);
+        let begun = Instant::now();
+        let deadline = begun + self.timeout(event);
+        let run = Arc::new(Run::new(Arc::clone(&self.name), Arc::clone(&delivery.message), lease, crashes, deadline));
+        held.watch(&run);
+        let ready = match event.take_ready(self, delivery) {
+            Ok(ready) => ready,
+            Err(failure) => return self.failed(delivery, event, &held, lease, history, failure, begun).await,
+        };
+        let end = self.handle(event, ready, &run, begun).await;
+        self.report(&place, &end);
+        match end {
+            End::Handler(Ended::Effect) => {
+                // What the handler published goes out before the record says processed: sent twice it is a duplicate
+                // under the same id, recorded first it could be lost.
+                if let Err(failure) = self.publish(&run).await {
+                    return self.failed(delivery, event, &held, lease, history, failure, begun).await;
+                }
+                if run.stopped() == Some(Stop::LeaseLost) {
+                    return self.lost();
+                }
+                match self.record(lease, Outcome::Processed).await {
+                    Ok(answer) => self.after_record(answer),
+                    Err(_) => Step::Leave,
+                }
+            }
+            // Effect and mark were committed together, or rolled back together.
+            End::Handler(Ended::Recorded(answer)) => self.after_record(answer),
+            End::Handler(Ended::Unknown(error)) => self.unknown(delivery, event, lease, &error).await,
+            End::Handler(Ended::Failed(failure)) => {
+                if run.is_shutdown_announced() && matches!(failure.kind(), FailureKind::Retryable { .. }) {
+                    return self.give_back_claim(lease, history).await;
+                }
+                self.failed(delivery, event, &held, lease, history, failure, begun).await
+            }
+            End::Handler(Ended::StoreFailed(error)) => {
+                self.store_is_down(&error);
+                let trouble = self.trouble(delivery, &error.to_string());
+                let after = super::calls::STORE_RETRY_MAX;
+                self.failed_for(delivery, lease, trouble, after, false).await
+            }
+            End::Panicked(what) => {
+                let failure = Failure::retryable("panicked").with_source(what);
+                self.failed(delivery, event, &held, lease, history, failure, begun).await
+            }
+            End::Stopped(Stop::Timeout) => {
+                let failure = Failure::retryable("timed out");
+                self.failed(delivery, event, &held, lease, history, failure, begun).await
+            }
+            End::Stopped(Stop::LeaseLost) => self.lost(),
+            End::Stopped(Stop::Shutdown) => self.give_back_claim(lease, history).await,
+        }
+    }
+
+    /// The event had ended before this claim: a duplicate, unless it is our own commit whose answer was lost.
+    fn ended_before(&self, event: &mut Event, dead: bool, ago: Duration) -> Step {
+        if event.unknown.take().is_some() && !dead {
+            return self.after_record(Recorded::AlreadyDone);
+        }
+        let of = if dead { Duplicate::DeadLettered } else { Duplicate::Processed };
+        self.counters.duplicates.one();
+        self.observe(&Observed::Duplicate { of, ago: Some(ago) });
+        Step::Settle(Settlement::Ack)
+    }
+
+    /// A fenced holder does not drop its delivery, since nothing would bring it back: it claims again, as if the event
+    /// were held by another, which it is.
+    fn after_record(&self, answer: Recorded) -> Step {
+        match answer {
+            Recorded::Done | Recorded::AlreadyDone => {}
+            Recorded::Vanished => self.observe(&Observed::Vanished),
+            Recorded::Fenced => return self.fenced(),
+        }
+        self.counters.processed.one();
+        Step::Settle(Settlement::Ack)
+    }
+
+    /// A failure: either recorded for another attempt, or doomed.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "all of them are one attempt; a struct would only be taken apart again"
+    )]
+    async fn failed(
+        &self,
+        delivery: &Delivery,
+        event: &Event,
+        held: &Held<'_>,
+        lease: Lease,
+        history: Option<Box<History>>,
+        failure: Failure,
+        begun: Instant,
+    ) -> Step {
+        let elapsed = history.as_ref().map_or(Duration::ZERO, |history| history.first) + begun.elapsed();
+        let trouble = self.trouble(delivery, &failure.to_string());
+        let retry = self.retry(event);
+        match verdict::after_failure(&failure, lease.attempt, elapsed, retry, &self.bounds, self.chance()) {
+            Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
+            Verdict::Doom(reason) => {
+                let burial =
+                    Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
+                self.bury(delivery, held, burial).await
+            }
+        }
+    }
+
+    /// record Failed, then wait here or at the broker.
+    async fn failed_for(
+        &self,
+        delivery: &Delivery,
+        lease: Lease,
+        trouble: Trouble,
+        after: Duration,
+        counted: bool,
+    ) -> Step {
+        match self.record(lease, Outcome::Failed { after, counted, trouble }).await {
+            Ok(Recorded::Fenced) => return self.fenced(),
+            Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
+            Ok(Recorded::Done | Recorded::AlreadyDone) => {}
+            Err(_) => return Step::Leave,
+        }
+        self.counters.retried.one();
+        self.observe(&Observed::Retried { after, counted });
+        if self.is_draining() || !delivery.session.is_live() {
+            return self.released(counted);
+        }
+        self.wait_or_retry(after, after)
+    }
+
+    /// record Doomed -> settle DeadLetter -> record DeadLettered. In this order: a dead letter that was placed before
+    /// any mark would let the handler start again behind it. Doomed keeps the lease, so copies are held meanwhile.
+    async fn bury(&self, delivery: &Delivery, held: &Held<'_>, burial: Burial) -> Step {
+        let Burial { lease, reason, trouble, recorded, attempts, first } = burial;
+        let dead_letter = self.dead_letter(delivery, reason, &trouble.error, attempts, first, Some(lease.fence));
+        if !recorded {
+            match self.record(lease, Outcome::Doomed { reason, trouble: trouble.clone() }).await {
+                Ok(Recorded::Fenced) => return self.fenced(),
+                Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
+                Ok(Recorded::Done | Recorded::AlreadyDone) => {}
+                Err(_) => return Step::Leave,
+            }
+        }
+        // Lost only means that another may place it too: a second copy of a dead letter, never a lost one.
+        let _ = held.is_lost();
+        if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_err() {
+            return Step::Leave;
+        }
+        self.counters.dead_lettered.one();
+        self.observe(&Observed::DeadLettered { reason, id: &trouble.id, error: &trouble.error });
+        if let Ok(Recorded::Fenced) = self.record(lease, Outcome::DeadLettered).await {
+            self.counters.fenced.one();
+            self.observe(&Observed::Fenced);
+        }
+        Step::Leave
+    }
+
+    /// The commit's answer was lost: a claim with the same token tells. Granted again, nothing was committed: that
+    /// attempt failed, and with its end recorded a commit that is still on its way is fenced off.
+    async fn unknown(&self, delivery: &Delivery, event: &mut Event, lease: Lease, error: &crate::Error) -> Step {
+        self.store_is_down(error);
+        event.unknown = Some((lease, self.trouble(delivery, &error.to_string())));
+        Step::AskAgain
+    }
+
+    /// Ends a claim that was not run, or was stopped by us: the attempt is given back, and so is the delivery.
+    async fn give_back_claim(&self, lease: Lease, history: Option<Box<History>>) -> Step {
+        let trouble = history.map(|history| history.trouble).unwrap_or_default();
+        match self.record(lease, Outcome::Failed { after: Duration::ZERO, counted: false, trouble }).await {
+            Ok(Recorded::Fenced) => self.fenced(),
+            Ok(_) => self.released(false),
+            Err(_) => Step::Leave,
+        }
+    }
+
+    fn released(&self, counted: bool) -> Step {
+        self.counters.released.one();
+        Step::Settle(Settlement::Release { counted })
+    }
+
+    fn fenced(&self) -> Step {
+        self.counters.fenced.one();
+        self.observe(&Observed::Fenced);
+        Step::ClaimAgain
+    }
+
+    fn lost(&self) -> Step {
+        self.counters.leases_lost.one();
+        Step::ClaimAgain
+    }
+
+    /// Waits here for `here`, unless `wait` is long or too many wait already: then the broker keeps it.
+    fn wait_or_retry(&self, wait: Duration, here: Duration) -> Step {
+        match verdict::delay(wait, self.is_crowded(), &self.bounds) {
+            Delay::AtBroker(after) => Step::Settle(Settlement::Retry { after }),
+            Delay::Here(_) => {
+                self.observe(&Observed::Waiting { wait });
+                Step::Wait(here)
+            }
+        }
+    }
+
+    /// Runs the handler on a tokio task of its own: a panic ends the task, a block stops one thread and not the engine.
+    async fn handle(&self, event: &Event, ready: Box<dyn crate::event::Ready>, run: &Arc<Run>, begun: Instant) -> End {
+        let end = self.spawned(event, ready, run).await;
+        let how = match &end {
+            End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
+            End::Handler(Ended::Failed(failure)) => match failure.kind() {
+                FailureKind::Retryable { .. } => HandlerEnd::Retryable,
+                FailureKind::Permanent => HandlerEnd::Permanent,
+                FailureKind::NotYet { .. } => HandlerEnd::NotYet,
+                FailureKind::Unavailable => HandlerEnd::Unavailable,
+            },
+            End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) => HandlerEnd::Stopped,
+            End::Panicked(_) => HandlerEnd::Panicked,
+            End::Stopped(Stop::Timeout) => HandlerEnd::TimedOut,
+            End::Stopped(_) => HandlerEnd::Stopped,
+        };
+        self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took: begun.elapsed() });
+        end
+    }
+
+    /// Tells the kill switch how it went.
+    fn report(&self, place: &Place<'_>, end: &End) {
+        let result = match end {
+            End::Handler(Ended::Effect | Ended::Recorded(_)) => switch::Result::Good,
+            End::Handler(Ended::Failed(failure)) => match failure.kind() {
+                FailureKind::Retryable { .. } | FailureKind::Permanent => switch::Result::Bad,
+                FailureKind::Unavailable => switch::Result::Down,
+                FailureKind::NotYet { .. } => return,
+            },
+            End::Panicked(_) | End::Stopped(Stop::Timeout) => switch::Result::Bad,
+            End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) | End::Stopped(_) => return,
+        };
+        if let Some(open) = place.pass.report(result) {
+            self.vitals.switch(open);
+            self.observe(&Observed::Switch { open });
+        }
+    }
+
+    /// How many deliveries wait, for the share of in_flight that they may fill.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) >= self.in_flight_max / 2
+    }
+}
+
+/// How a handler's task ended.
+pub(super) enum End {
+    /// It returned.
+    Handler(Ended),
+    /// It panicked, with this text.
+    Panicked(String),
+    /// It was stopped.
+    Stopped(Stop),
+}
+
+/// What is needed to set an event aside.
+struct Burial {
+    lease: Lease,
+    reason: Reason,
+    trouble: Trouble,
+    /// Whether the record says doomed already.
+    recorded: bool,
+    /// How often the handler was started.
+    attempts: u32,
+    /// How long ago the first attempt was.
+    first: Duration,
+}
+
+impl Burial {
+    fn at_claim(lease: Lease, reason: Reason, recorded: bool, history: Option<Box<History>>) -> Self {
+        let (first, trouble) = history.map(|history| (history.first, history.trouble)).unwrap_or_default();
+        // This claim counted an attempt that is not run; a doomed record had stopped counting.
+        let attempts = if recorded { lease.attempt } else { lease.attempt.saturating_sub(1) };
+        Self { lease, reason, trouble, recorded, attempts, first }
+    }
+}
+
+/// How often to ask for an event that another process holds: from 50 ms, doubling to 1 s.
+#[derive(Default)]
+struct Polls(u32);
+
+impl Polls {
+    fn next(&mut self, wait: Duration) -> Duration {
+        let poll = Duration::from_millis(50) * 2u32.pow(self.0.min(5));
+        self.0 += 1;
+        poll.min(Duration::from_secs(1)).min(wait.max(Duration::from_millis(1)))
+    }
+}
+
+/// The waker of the life that asks.
+async fn waker() -> std::task::Waker {
+    std::future::poll_fn(|cx| std::task::Poll::Ready(cx.waker().clone())).await
+}
