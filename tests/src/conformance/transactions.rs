@@ -1,0 +1,126 @@
+//! The suite for stores whose transactions carry the handler's effects: one case for each clause on
+//! `hapax::TransactionalStore`.
+//!
+//! Adding a case: one function here, one line in [`transactional_cases!`](crate::transactional_cases), its name in the
+//! clause.
+
+use async_trait::async_trait;
+use hapax::{Outcome, ProcessedStore, Recorded, Status, TransactionalStore};
+
+use super::store::{CONSUMER, Desk, StoreFixture, failed, key};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A store fixture that can write rows of its own beside the records.
+#[async_trait]
+pub trait TransactionalFixture: StoreFixture {
+    /// The store's own type.
+    type Store: TransactionalStore;
+
+    /// The store, on the same records as [`StoreFixture::store`].
+    async fn transactional(&self) -> Self::Store;
+
+    /// Writes a row through the transaction, as a handler would.
+    async fn write(&self, tx: &mut <Self::Store as TransactionalStore>::Tx, row: &str);
+
+    /// The rows that others see, sorted.
+    async fn rows(&self) -> Vec<String>;
+}
+
+/// The list of cases, in the order of the contract; hands it to another macro.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! transactional_cases {
+    ($then:ident $($with:tt)*) => {
+        $crate::$then! { $($with)*
+            effects_and_mark_commit_together
+            a_rolled_back_transaction_leaves_nothing
+            a_fenced_transaction_leaves_nothing
+        }
+    };
+}
+
+crate::transactional_cases! { conformance_list [TransactionalFixture] }
+
+async fn desk<F: TransactionalFixture>(store: &F::Store) -> Desk {
+    Desk::over::<F>(Arc::new(store.clone()) as Arc<dyn ProcessedStore>).await
+}
+
+async fn status<F: TransactionalFixture>(fixture: &F, id: &str) -> Option<Status> {
+    let view = fixture.admin().await.look_up(CONSUMER, key(id)).await.expect("the store looks up");
+    view.map(|view| view.status)
+}
+
+/// A transaction in which the handler wrote `row` and gave it back.
+async fn written<F: TransactionalFixture>(
+    fixture: &F,
+    store: &F::Store,
+    row: &str,
+) -> <F::Store as TransactionalStore>::Lent {
+    let (mut tx, lent) = store.begin().await.expect("a transaction begins");
+    fixture.write(&mut tx, row).await;
+    drop(tx);
+    lent
+}
+
+/// Neither rows nor outcomes are visible before `commit`; afterwards both are.
+pub async fn effects_and_mark_commit_together<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let leases = [desk.granted("1").await, desk.granted("2").await];
+    let mut lent = written(fixture, &store, "paid").await;
+    let batch = [(leases[0], Outcome::Processed), (leases[1], failed(Duration::ZERO, true))];
+    let answers = store.record_in(&mut lent, &batch).await.expect("the outcomes are recorded");
+    assert_eq!(answers, [Recorded::Done, Recorded::Done]);
+    assert_eq!(fixture.rows().await, [""; 0], "nothing is visible before commit");
+    assert_eq!(status(fixture, "1").await, Some(Status::Claimed));
+    store.commit(lent).await.expect("the transaction commits");
+    assert_eq!(fixture.rows().await, ["paid"]);
+    assert_eq!(status(fixture, "1").await, Some(Status::Processed));
+    assert_eq!(status(fixture, "2").await, Some(Status::Waiting));
+    assert_eq!(desk.record(leases[0], Outcome::Processed).await, Recorded::AlreadyDone);
+}
+
+/// A transaction that is dropped leaves neither rows nor outcomes, at whatever point; the lease is as it was.
+pub async fn a_rolled_back_transaction_leaves_nothing<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let lease = desk.granted("1").await;
+    // The handler failed, and the transaction came back.
+    drop(written(fixture, &store, "rolled back").await);
+    // The record was written, and then the caller went away.
+    let mut lent = written(fixture, &store, "rolled back too").await;
+    let answers = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.expect("the outcome is recorded");
+    assert_eq!(answers, [Recorded::Done]);
+    drop(lent);
+    // The caller went away before the handler.
+    let (mut tx, lent) = store.begin().await.expect("a transaction begins");
+    drop(lent);
+    fixture.write(&mut tx, "rolled back as well").await;
+    drop(tx);
+    // The next transaction finds the store as it was.
+    let mut lent = written(fixture, &store, "kept").await;
+    assert_eq!(status(fixture, "1").await, Some(Status::Claimed));
+    let answers = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.expect("the outcome is recorded");
+    assert_eq!(answers, [Recorded::Done], "the lease is as it was");
+    store.commit(lent).await.expect("the transaction commits");
+    assert_eq!(fixture.rows().await, ["kept"]);
+}
+
+/// A holder that was overtaken is told inside its transaction; dropping it leaves nothing of its effects.
+pub async fn a_fenced_transaction_leaves_nothing<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let zombie = desk.granted("1").await;
+    fixture.pass(F::UNIT * 11).await;
+    let holder = desk.granted("1").await;
+    let mut lent = written(fixture, &store, "by the zombie").await;
+    let answers = store.record_in(&mut lent, &[(zombie, Outcome::Processed)]).await.expect("the store answers");
+    assert_eq!(answers, [Recorded::Fenced]);
+    drop(lent);
+    let mut lent = written(fixture, &store, "by the holder").await;
+    let answers = store.record_in(&mut lent, &[(holder, Outcome::Processed)]).await.expect("the store answers");
+    assert_eq!(answers, [Recorded::Done]);
+    store.commit(lent).await.expect("the transaction commits");
+    assert_eq!(fixture.rows().await, ["by the holder"]);
+}
