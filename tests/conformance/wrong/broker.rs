@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -109,7 +109,7 @@ const BROKER: Table<Wrong, WrongTopic> = Table {
         (Wrong::CloseDoesNothing, &["close_gives_back_what_is_unsettled", "a_receipt_of_an_ended_session_is_stale"]),
     ],
     cases: broker::cases,
-    fixture: |wrong| WrongTopic { wrong, topic: MemoryTopic::competing() },
+    fixture: |wrong| WrongTopic { wrong, topic: MemoryTopic::competing(), made: Mutex::default() },
 };
 
 #[test]
@@ -295,6 +295,13 @@ impl Broker for WrongBroker {
 struct WrongTopic {
     wrong: Wrong,
     topic: MemoryTopic,
+    made: Mutex<Vec<Weak<WrongBroker>>>,
+}
+
+impl WrongTopic {
+    fn made(&self) -> MutexGuard<'_, Vec<Weak<WrongBroker>>> {
+        self.made.lock().expect("nobody panics while holding the list")
+    }
 }
 
 #[async_trait]
@@ -317,7 +324,9 @@ impl BrokerFixture for WrongTopic {
                 Limits { events: 64, bytes: 1 << 20, held_max: hour, drain: hour, message: MessageLimits::DEFAULT };
             broker.inner.open(limits).await.expect("the broker opens");
         }
-        Arc::new(broker)
+        let broker = Arc::new(broker);
+        self.made().push(Arc::downgrade(&broker));
+        broker
     }
 
     async fn publisher(&self) -> Arc<dyn Publisher> {
@@ -338,10 +347,9 @@ impl BrokerFixture for WrongTopic {
 
     async fn crash(&self, broker: Arc<dyn Broker>) {
         if self.wrong == Wrong::ForgetsUnsettled {
-            for position in 0..16 {
-                for session in 0..16 {
-                    broker.settle(&[(Receipt { session, partition: 0, position }, Settlement::Ack)]).await;
-                }
+            let made: Vec<_> = self.made().iter().filter_map(Weak::upgrade).collect();
+            for broker in made {
+                broker.ack_everything().await;
             }
         }
         drop(broker);
