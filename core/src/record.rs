@@ -75,6 +75,8 @@ pub enum State {
         until: Moment,
         /// Why.
         reason: Reason,
+        /// The fence under which it was doomed: each holder from then on may have placed a dead letter.
+        since: NonZeroU64,
     },
     /// Done.
     Processed {
@@ -87,6 +89,8 @@ pub enum State {
         at: Moment,
         /// Why.
         reason: Reason,
+        /// The fence under which it was doomed: the tokens from there to the last fence reopen it.
+        since: NonZeroU64,
     },
 }
 
@@ -125,14 +129,16 @@ impl Record {
         Some(Box::new(History { crashes: self.crashes, first: now.since(self.first), trouble, doomed }))
     }
 
+    /// Whether this is a dead letter of this very event that came back. A holder that died after it placed its dead letter
+    /// is followed by another that places one too: any of their tokens opens it, and opening uses all of them up.
     fn reopens(&self, request: &ClaimRequest, now: Moment) -> bool {
-        request.reopen == Some(self.fence)
-            && match self.state {
-                State::DeadLettered { .. } => true,
-                // Its dead letter exists, since it came back with this fence; only the last record was not written.
-                State::Doomed { until, .. } => until <= now,
-                _ => false,
-            }
+        let since = match self.state {
+            State::DeadLettered { since, .. } => since,
+            // Its dead letter exists, since it came back; only the last record was not written.
+            State::Doomed { until, since, .. } if until <= now => since,
+            _ => return false,
+        };
+        request.reopen.is_some_and(|token| (since..=self.fence).contains(&token))
     }
 }
 
@@ -240,12 +246,12 @@ pub fn record(slot: &mut Option<Record>, held: &Lease, outcome: &Outcome, now: M
             Recorded::Done
         }
         (State::Claimed { until }, Outcome::Doomed { reason, trouble }) => {
-            record.state = State::Doomed { until, reason: *reason };
+            record.state = State::Doomed { until, reason: *reason, since: record.fence };
             record.trouble = Some(Box::new(trouble.clone()));
             Recorded::Done
         }
-        (State::Doomed { reason, .. }, Outcome::DeadLettered) => {
-            record.state = State::DeadLettered { at: now, reason };
+        (State::Doomed { reason, since, .. }, Outcome::DeadLettered) => {
+            record.state = State::DeadLettered { at: now, reason, since };
             Recorded::Done
         }
         (State::Processed { .. }, Outcome::Processed)
@@ -262,9 +268,9 @@ fn anew(held: &Lease, outcome: &Outcome, now: Moment) -> Option<Record> {
         Outcome::Processed => (State::Processed { at: now }, None),
         Outcome::Failed { .. } => return None,
         Outcome::Doomed { reason, trouble } => {
-            (State::Doomed { until: now, reason: *reason }, Some(Box::new(trouble.clone())))
+            (State::Doomed { until: now, reason: *reason, since: held.fence }, Some(Box::new(trouble.clone())))
         }
-        Outcome::DeadLettered => (State::DeadLettered { at: now, reason: Reason::Permanent }, None),
+        Outcome::DeadLettered => (State::DeadLettered { at: now, reason: Reason::Permanent, since: held.fence }, None),
     };
     Some(Record {
         state,

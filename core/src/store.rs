@@ -43,7 +43,9 @@ pub trait ProcessedStore: Send + Sync + 'static {
     ///   (`a_failed_event_waits_its_time`).
     /// - Other data under a known key is a conflict and changes nothing (`other_data_is_a_conflict`).
     /// - A dead letter's own token reopens it once, with the same or other data (`a_reopen_token_works_once`,
-    ///   `a_reopen_takes_other_data`, `a_wrong_reopen_token_changes_nothing`).
+    ///   `a_reopen_takes_other_data`, `a_wrong_reopen_token_changes_nothing`). Where holders of a doomed event died and were
+    ///   followed, each may have placed a dead letter: any of their tokens reopens it, once in all
+    ///   (`any_letter_of_a_doomed_event_reopens_it`).
     /// - A doomed event is held while its lease lives and then granted as doomed (`a_doomed_event_is_granted_as_doomed`).
     /// - The answer to a batch is that of its items one by one (`a_batch_equals_its_items`).
     async fn claim(&self, batch: &[ClaimRequest], lease: Duration) -> Result<Vec<Claim>>;

@@ -10,15 +10,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::calls::GivenUp;
+use super::calls::{self, GivenUp};
 use super::keepalive::Held;
-use super::shared::{Event, Place, Read, Shared, Suspect};
+use super::shared::{Event, Place, Read, Shared, Suspect, Turned};
 use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
 use crate::broker::{Delivery, Settlement};
 use crate::context::{Run, Stop};
 use crate::dead_letter::Reason;
-use crate::event::Ended;
+use crate::event::{Ended, Ready};
 use crate::handler::{Failure, FailureKind};
 use crate::observer::{Duplicate, HandlerEnd, Observed};
 use crate::store::{History, Lease, Outcome, Recorded, Trouble};
@@ -35,8 +35,10 @@ enum Step {
     Wait(Duration),
     /// Wait until no other event with a crash in its history runs, then claim again.
     WaitAlone,
-    /// Leave it unsettled: the broker delivers it again when its session ends.
-    Leave,
+    /// Give it back to the broker, unclaimed.
+    GiveBack,
+    /// Nothing: it is settled, or its session ends and the broker delivers it again.
+    Over,
 }
 
 /// One delivery, from arrival to settlement.
@@ -52,21 +54,28 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         Read::Unfit(reason, error) => return p.set_aside_unrecorded(&delivery, reason, &error).await,
     };
     // Copies of one event in this process take turns: the second finds the first's record.
-    let Some(_turn) = p.turn(event.key).await else { return p.give_back(&delivery).await };
+    let _turn = match p.turn(event.key).await {
+        Turned::Yours(turn) => turn,
+        Turned::Crowded(after) => return p.settle(&delivery, Settlement::Retry { after }).await.unwrap_or_default(),
+        Turned::Draining => return p.give_back(&delivery).await,
+    };
     let mut request = p.request(&event, &delivery);
     let mut polls = Polls::default();
     let mut alone = None;
     loop {
         // Waits come before the claim, so that no claim waits: only what can run is claimed.
-        let Some(mut place) = p.admit(&delivery, &event).await else { return p.give_back(&delivery).await };
+        let mut place = p.admit(&delivery, &event).await;
+        if place.is_none() {
+            return p.give_back(&delivery).await;
+        }
         let step = match p.claims.call(request).await {
             Ok((claim, sent)) => match verdict::after_claim(claim, p.retry(&event).attempts(), &p.bounds) {
                 Answer::Run(lease, history) => {
-                    place.sent = Some(sent);
-                    if history.as_ref().is_some_and(|history| history.crashes > 0) {
-                        p.run_alone(&delivery, &mut event, place, lease, history, &mut alone).await
+                    let grant = Grant { lease, history, sent, place: place.take() };
+                    if grant.crashes() > 0 {
+                        p.run_alone(&delivery, &mut event, grant, &mut alone).await
                     } else {
-                        p.run(&delivery, &mut event, place, lease, history).await
+                        p.run(&delivery, &mut event, grant).await
                     }
                 }
                 Answer::Doom { lease, reason, recorded, history } => {
@@ -87,14 +96,18 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                 Answer::NotYet(wait) => p.wait_or_retry(wait, wait),
             },
             Err(GivenUp::Refused(why)) => return p.set_aside_unrecorded(&delivery, Reason::Refused, &why).await,
-            Err(GivenUp::Stopped) => Step::Leave,
+            Err(GivenUp::Stopped) => Step::Over,
         };
+        // Free for another before this one settles or waits.
+        drop(place);
         match step {
             Step::Settle(settlement) => return p.settle(&delivery, settlement).await.unwrap_or_default(),
-            Step::Leave => return,
+            Step::GiveBack => return p.give_back(&delivery).await,
+            Step::Over => return,
             Step::AskAgain => continue,
             Step::ClaimAgain => {}
             Step::Wait(wait) => {
+                alone = None;
                 if !p.wait(wait, &delivery).await {
                     return p.give_back(&delivery).await;
                 }
@@ -115,102 +128,93 @@ impl Shared {
         &'a self,
         delivery: &Delivery,
         event: &mut Event,
-        place: Place<'a>,
-        lease: Lease,
-        history: Option<Box<History>>,
+        grant: Grant<'a>,
         alone: &mut Option<tokio::sync::SemaphorePermit<'a>>,
     ) -> Step {
-        self.observe(&Observed::TakenOver);
+        if event.crashes_seen < grant.crashes() {
+            event.crashes_seen = grant.crashes();
+            self.observe(&Observed::TakenOver);
+        }
         let suspect = Suspect::claimed(self);
         if alone.is_none() {
             *alone = self.alone.try_acquire().ok();
         }
         if alone.is_none() {
-            let trouble = history.map(|history| history.trouble).unwrap_or_default();
-            let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble };
-            return match self.record(lease, outcome).await {
+            let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
+            return match self.record(grant.lease, outcome).await {
                 Ok(_) => Step::WaitAlone,
-                Err(_) => Step::Leave,
+                Err(given_up) => self.unrecorded(given_up),
             };
         }
         // The others' claims are given back first: a crash of this process must not count for them.
         suspect.is_the_only_one().await;
-        self.run(delivery, event, place, lease, history).await
+        self.run(delivery, event, grant).await
     }
 
     /// A granted claim: handler, record, and what is to be settled.
-    async fn run(
-        &self,
-        delivery: &Delivery,
-        event: &mut Event,
-        place: Place<'_>,
-        lease: Lease,
-        history: Option<Box<History>>,
-    ) -> Step {
+    async fn run(&self, delivery: &Delivery, event: &mut Event, grant: Grant<'_>) -> Step {
+        let lease = grant.lease;
         if let Some(trouble) = event.uncommitted(lease) {
             let after = self.retry(event).delay(lease.attempt, "", self.chance());
             return self.failed_for(delivery, lease, trouble, after, true).await;
         }
-        let sent = place.sent.unwrap_or_else(Instant::now);
-        let held = self.keepalive.hold(lease, sent, waker().await);
+        let held = self.keepalive.hold(lease, grant.sent, waker().await);
         let _transaction = self.transaction_turn(event).await;
         if held.is_lost() {
-            return Step::ClaimAgain;
+            return self.lost();
         }
         if self.is_draining() || !delivery.session.is_live() {
-            return self.give_back_claim(lease, history).await;
+            return self.give_back_claim(&grant).await;
         }
-        let crashes = history.as_ref().map_or(0, |history| history.crashes);
-        let begun = Instant::now();
-        let deadline = begun + self.timeout(event);
-        let run = Arc::new(Run::new(Arc::clone(&self.name), Arc::clone(&delivery.message), lease, crashes, deadline));
-        held.watch(&run);
         let ready = match event.take_ready(self, delivery) {
             Ok(ready) => ready,
-            Err(failure) => return self.failed(delivery, event, &held, lease, history, failure, begun).await,
+            Err(failure) => return self.failed(delivery, event, &held, &grant, &failure).await,
         };
-        let end = self.handle(event, ready, &run, begun).await;
-        self.report(&place, &end);
+        let run = Arc::new(self.begin(delivery, event, &grant));
+        held.watch(&run);
+        let end = self.handle(event, ready, &run).await;
+        self.report(grant.place.as_ref(), &end);
         match end {
             End::Handler(Ended::Effect) => {
                 // What the handler published goes out before the record says processed: sent twice it is a duplicate
                 // under the same id, recorded first it could be lost.
                 if let Err(failure) = self.publish(&run).await {
-                    return self.failed(delivery, event, &held, lease, history, failure, begun).await;
-                }
-                if run.stopped() == Some(Stop::LeaseLost) {
-                    return self.lost();
+                    return self.failed(delivery, event, &held, &grant, &failure).await;
                 }
                 match self.record(lease, Outcome::Processed).await {
                     Ok(answer) => self.after_record(answer),
-                    Err(_) => Step::Leave,
+                    Err(given_up) => self.unrecorded(given_up),
                 }
             }
             // Effect and mark were committed together, or rolled back together.
             End::Handler(Ended::Recorded(answer)) => self.after_record(answer),
-            End::Handler(Ended::Unknown(error)) => self.unknown(delivery, event, lease, &error).await,
+            // The commit's answer was lost: a claim with the same token tells. Granted again, nothing was committed:
+            // that attempt failed, and with its end recorded a commit that is still on its way is fenced off.
+            End::Handler(Ended::Unknown(error)) => {
+                self.store_is_down(&error);
+                event.unknown = Some((lease, self.trouble(delivery, &error.to_string())));
+                Step::AskAgain
+            }
             End::Handler(Ended::Failed(failure)) => {
                 if run.is_shutdown_announced() && matches!(failure.kind(), FailureKind::Retryable { .. }) {
-                    return self.give_back_claim(lease, history).await;
+                    return self.give_back_claim(&grant).await;
                 }
-                self.failed(delivery, event, &held, lease, history, failure, begun).await
+                self.failed(delivery, event, &held, &grant, &failure).await
             }
             End::Handler(Ended::StoreFailed(error)) => {
                 self.store_is_down(&error);
                 let trouble = self.trouble(delivery, &error.to_string());
-                let after = super::calls::STORE_RETRY_MAX;
-                self.failed_for(delivery, lease, trouble, after, false).await
+                self.failed_for(delivery, lease, trouble, calls::STORE_RETRY_MAX, false).await
             }
             End::Panicked(what) => {
                 let failure = Failure::retryable("panicked").with_source(what);
-                self.failed(delivery, event, &held, lease, history, failure, begun).await
+                self.failed(delivery, event, &held, &grant, &failure).await
             }
             End::Stopped(Stop::Timeout) => {
-                let failure = Failure::retryable("timed out");
-                self.failed(delivery, event, &held, lease, history, failure, begun).await
+                self.failed(delivery, event, &held, &grant, &Failure::retryable("timed out")).await
             }
             End::Stopped(Stop::LeaseLost) => self.lost(),
-            End::Stopped(Stop::Shutdown) => self.give_back_claim(lease, history).await,
+            End::Stopped(Stop::Shutdown) => self.give_back_claim(&grant).await,
         }
     }
 
@@ -238,28 +242,20 @@ impl Shared {
     }
 
     /// A failure: either recorded for another attempt, or doomed.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "all of them are one attempt; a struct would only be taken apart again"
-    )]
     async fn failed(
         &self,
         delivery: &Delivery,
         event: &Event,
         held: &Held<'_>,
-        lease: Lease,
-        history: Option<Box<History>>,
-        failure: Failure,
-        begun: Instant,
+        grant: &Grant<'_>,
+        failure: &Failure,
     ) -> Step {
-        let elapsed = history.as_ref().map_or(Duration::ZERO, |history| history.first) + begun.elapsed();
+        let (lease, elapsed) = (grant.lease, grant.elapsed());
         let trouble = self.trouble(delivery, &failure.to_string());
-        let retry = self.retry(event);
-        match verdict::after_failure(&failure, lease.attempt, elapsed, retry, &self.bounds, self.chance()) {
+        match verdict::after_failure(failure, lease.attempt, elapsed, self.retry(event), &self.bounds, self.chance()) {
             Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
             Verdict::Doom(reason) => {
-                let burial =
-                    Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
+                let burial = Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
                 self.bury(delivery, held, burial).await
             }
         }
@@ -278,7 +274,7 @@ impl Shared {
             Ok(Recorded::Fenced) => return self.fenced(),
             Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
             Ok(Recorded::Done | Recorded::AlreadyDone) => {}
-            Err(_) => return Step::Leave,
+            Err(given_up) => return self.unrecorded(given_up),
         }
         self.counters.retried.one();
         self.observe(&Observed::Retried { after, counted });
@@ -289,8 +285,9 @@ impl Shared {
     }
 
     /// record Doomed -> settle DeadLetter -> record DeadLettered. In this order: a dead letter that was placed before
-    /// any mark would let the handler start again behind it. Doomed keeps the lease, so copies are held meanwhile.
-    async fn bury(&self, delivery: &Delivery, held: &Held<'_>, burial: Burial) -> Step {
+    /// any mark would let the handler start again behind it. Doomed keeps the lease, which is held until the end, so that
+    /// copies wait; lost, another may place it too: a second copy of a dead letter, never a lost one.
+    async fn bury(&self, delivery: &Delivery, _held: &Held<'_>, burial: Burial) -> Step {
         let Burial { lease, reason, trouble, recorded, attempts, first } = burial;
         let dead_letter = self.dead_letter(delivery, reason, &trouble.error, attempts, first, Some(lease.fence));
         if !recorded {
@@ -298,13 +295,11 @@ impl Shared {
                 Ok(Recorded::Fenced) => return self.fenced(),
                 Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
                 Ok(Recorded::Done | Recorded::AlreadyDone) => {}
-                Err(_) => return Step::Leave,
+                Err(given_up) => return self.unrecorded(given_up),
             }
         }
-        // Lost only means that another may place it too: a second copy of a dead letter, never a lost one.
-        let _ = held.is_lost();
         if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_err() {
-            return Step::Leave;
+            return Step::Over;
         }
         self.counters.dead_lettered.one();
         self.observe(&Observed::DeadLettered { reason, id: &trouble.id, error: &trouble.error });
@@ -312,24 +307,28 @@ impl Shared {
             self.counters.fenced.one();
             self.observe(&Observed::Fenced);
         }
-        Step::Leave
-    }
-
-    /// The commit's answer was lost: a claim with the same token tells. Granted again, nothing was committed: that
-    /// attempt failed, and with its end recorded a commit that is still on its way is fenced off.
-    async fn unknown(&self, delivery: &Delivery, event: &mut Event, lease: Lease, error: &crate::Error) -> Step {
-        self.store_is_down(error);
-        event.unknown = Some((lease, self.trouble(delivery, &error.to_string())));
-        Step::AskAgain
+        Step::Over
     }
 
     /// Ends a claim that was not run, or was stopped by us: the attempt is given back, and so is the delivery.
-    async fn give_back_claim(&self, lease: Lease, history: Option<Box<History>>) -> Step {
-        let trouble = history.map(|history| history.trouble).unwrap_or_default();
-        match self.record(lease, Outcome::Failed { after: Duration::ZERO, counted: false, trouble }).await {
+    async fn give_back_claim(&self, grant: &Grant<'_>) -> Step {
+        let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
+        match self.record(grant.lease, outcome).await {
             Ok(Recorded::Fenced) => self.fenced(),
             Ok(_) => self.released(false),
-            Err(_) => Step::Leave,
+            Err(given_up) => self.unrecorded(given_up),
+        }
+    }
+
+    /// An outcome that could not be written. Nothing is settled: refused by the store for good, the event is asked for
+    /// again when its lease is over, and ends by its crash limit if it stays refused.
+    fn unrecorded(&self, given_up: GivenUp) -> Step {
+        match given_up {
+            GivenUp::Stopped => Step::Over,
+            GivenUp::Refused(error) => {
+                tracing::error!(consumer = &*self.name, %error, "the store refuses an outcome; trying again");
+                Step::Wait(self.settings.lease)
+            }
         }
     }
 
@@ -361,7 +360,8 @@ impl Shared {
     }
 
     /// Runs the handler on a tokio task of its own: a panic ends the task, a block stops one thread and not the engine.
-    async fn handle(&self, event: &Event, ready: Box<dyn crate::event::Ready>, run: &Arc<Run>, begun: Instant) -> End {
+    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
+        let begun = Instant::now();
         let end = self.spawned(event, ready, run).await;
         let how = match &end {
             End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
@@ -381,7 +381,8 @@ impl Shared {
     }
 
     /// Tells the kill switch how it went.
-    fn report(&self, place: &Place<'_>, end: &End) {
+    fn report(&self, place: Option<&Place<'_>>, end: &End) {
+        let Some(place) = place else { return };
         let result = match end {
             End::Handler(Ended::Effect | Ended::Recorded(_)) => switch::Result::Good,
             End::Handler(Ended::Failed(failure)) => match failure.kind() {
@@ -398,6 +399,11 @@ impl Shared {
         }
     }
 
+    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>) -> Run {
+        let deadline = Instant::now() + self.timeout(event);
+        Run::new(Arc::clone(&self.name), Arc::clone(&delivery.message), grant.lease, grant.crashes(), deadline)
+    }
+
     /// How many deliveries wait, for the share of in_flight that they may fill.
     pub(super) fn is_crowded(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) >= self.in_flight_max / 2
@@ -412,6 +418,31 @@ pub(super) enum End {
     Panicked(String),
     /// It was stopped.
     Stopped(Stop),
+}
+
+/// A granted claim.
+struct Grant<'a> {
+    lease: Lease,
+    history: Option<Box<History>>,
+    /// When the claim was asked for: the lease counts from there.
+    sent: Instant,
+    place: Option<Place<'a>>,
+}
+
+impl Grant<'_> {
+    fn crashes(&self) -> u32 {
+        self.history.as_ref().map_or(0, |history| history.crashes)
+    }
+
+    /// Since the first claim of this event.
+    fn elapsed(&self) -> Duration {
+        self.history.as_ref().map_or(Duration::ZERO, |history| history.first) + self.sent.elapsed()
+    }
+
+    /// The trouble that the record holds already.
+    fn trouble(&self) -> Trouble {
+        self.history.as_ref().map(|history| history.trouble.clone()).unwrap_or_default()
+    }
 }
 
 /// What is needed to set an event aside.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -15,7 +16,7 @@ use super::copies::{Copies, Turn};
 use super::keepalive::Keepalive;
 use super::pipeline::End;
 use super::switch::{Pass, Switch, SwitchSettings};
-use super::verdict::Bounds;
+use super::verdict::{self, Bounds, Delay};
 use crate::broker::{Broker, Delivery, Settlement};
 use crate::context::Run;
 use crate::dead_letter::{DeadLetter, Reason, cut};
@@ -97,6 +98,8 @@ pub(super) struct Event {
     pub(super) key: EventKey,
     fingerprint: Fingerprint,
     ready: Option<Box<dyn Ready>>,
+    /// Crashes in its history that were told to the observer.
+    pub(super) crashes_seen: u32,
     /// The lease of a commit whose answer was lost.
     pub(super) unknown: Option<(Lease, Trouble)>,
 }
@@ -114,10 +117,18 @@ pub(super) enum Read {
 /// The right to claim: a permit for the handler, and the kill switch's pass.
 pub(super) struct Place<'a> {
     pub(super) pass: Pass<'a>,
-    /// When the claim's request was sent: the lease counts from there.
-    pub(super) sent: Option<Instant>,
     _permit: SemaphorePermit<'a>,
     _budget: Option<SemaphorePermit<'a>>,
+}
+
+/// The answer to waiting for a key's turn.
+pub(super) enum Turned<'a> {
+    /// Until it is dropped, no copy is claimed in this process.
+    Yours(Turn<'a>),
+    /// Too many wait already: the broker is to keep it for so long.
+    Crowded(Duration),
+    /// The consumer drains.
+    Draining,
 }
 
 /// A claimed event with a crash in its history.
@@ -163,6 +174,9 @@ impl Drop for Waits<'_> {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+/// How long a copy stays at the broker when too many wait here.
+const CROWDED: Duration = Duration::from_secs(1);
 
 /// The share of a lease that claims may wait for the one transaction of a store that blocks.
 const TRANSACTION_BUDGET: u32 = 64;
@@ -272,6 +286,7 @@ impl Shared {
                 key,
                 fingerprint: Fingerprint::of(message.attributes.content_type.as_deref(), &message.data),
                 ready: Some(ready),
+                crashes_seen: 0,
                 unknown: None,
             }),
             Err(defect) => unfit(&defect),
@@ -295,17 +310,17 @@ impl Shared {
         }
     }
 
-    /// Waits for this key's turn in this process; `None` when the delivery is to be given back instead.
-    pub(super) async fn turn(&self, key: EventKey) -> Option<Turn<'_>> {
+    /// Waits for this key's turn in this process.
+    pub(super) async fn turn(&self, key: EventKey) -> Turned<'_> {
         let mut turn = std::pin::pin!(self.copies.turn(key));
-        if let Some(turn) = futures_util::FutureExt::now_or_never(turn.as_mut()) {
-            return Some(turn);
+        if let Some(turn) = turn.as_mut().now_or_never() {
+            return Turned::Yours(turn);
         }
-        if self.is_crowded() && !self.bounds.waits_in_place {
-            return None;
+        if let Delay::AtBroker(after) = verdict::delay(CROWDED, self.is_crowded(), &self.bounds) {
+            return Turned::Crowded(after);
         }
         let _waits = Waits::new(&self.waiting);
-        self.unless_draining(turn).await
+        self.unless_draining(turn).await.map_or(Turned::Draining, Turned::Yours)
     }
 
     /// Waits until this delivery may be claimed: the kill switch lets it pass and a handler's permit is free. `None`
@@ -318,13 +333,20 @@ impl Shared {
                 Some(weight) => Some(self.transaction_budget.acquire_many(weight).await.ok()?),
                 None => None,
             };
-            let permit = self.permits.acquire().await.ok()?;
+            let permit = match self.permits.try_acquire() {
+                Ok(permit) => permit,
+                Err(_) => tokio::select! {
+                    biased;
+                    permit = self.permits.acquire() => permit.ok()?,
+                    () = delivery.session.not_live() => return None,
+                },
+            };
             if self.is_draining() || !delivery.session.is_live() {
                 return None;
             }
             // It may have opened while this one waited for its permit.
             if pass.is_probe() || !self.switch.is_open() {
-                return Some(Place { pass, sent: None, _permit: permit, _budget: budget });
+                return Some(Place { pass, _permit: permit, _budget: budget });
             }
         }
     }
