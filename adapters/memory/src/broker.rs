@@ -190,8 +190,7 @@ impl MemoryBroker {
     /// Waits until nothing is left in this group: every message acked or dead-lettered. Cancel safe.
     pub async fn settled(&self) {
         loop {
-            let mut done = std::pin::pin!(self.topic.done.notified());
-            done.as_mut().enable();
+            let done = self.topic.done.notified();
             if self.topic.lock().groups[self.group].unfinished() == 0 {
                 return;
             }
@@ -292,10 +291,9 @@ impl Broker for MemoryBroker {
             return answer;
         }
         loop {
-            // Listening before looking: what happens in between is not missed. What `take` hands out is returned
+            // Listening before looking: from its creation on, `notified` misses no `notify_waiters`. What `take` hands out is returned
             // without another await, so a dropped future has taken nothing.
-            let mut arrived = std::pin::pin!(self.arrivals.notified());
-            arrived.as_mut().enable();
+            let arrived = self.arrivals.notified();
             match answer(self.take(want)) {
                 Ok(answer) => return answer,
                 Err(None) => arrived.await,

@@ -66,8 +66,7 @@ async fn append(topic: &Topic, messages: Vec<Prepared>) -> u64 {
     let mut messages = messages.into_iter();
     let mut position = topic.append(&mut messages);
     while messages.len() > 0 {
-        let mut done = std::pin::pin!(topic.done.notified());
-        done.as_mut().enable();
+        let done = topic.done.notified();
         position = topic.append(&mut messages);
         if messages.len() > 0 {
             done.await;

@@ -395,11 +395,10 @@ impl Group {
 /// The message as a consumer with these limits reads it.
 fn within(entry: &Entry, limits: &MessageLimits) -> Arc<Message> {
     let (size, message) = (entry.size, &entry.message);
-    let id_bytes = |id: &Option<Box<str>>| id.as_deref().map_or(0, str::len);
     let fits = size.body_bytes <= limits.body_max
         && size.headers <= limits.headers_max
         && size.header_bytes <= limits.header_bytes_max
-        && id_bytes(&message.attributes.id).max(id_bytes(&message.attributes.source)) <= limits.id_max;
+        && size.id_bytes <= limits.id_max;
     if fits || message.defect().is_some() {
         return Arc::clone(message);
     }

@@ -26,6 +26,8 @@ pub(super) struct Size {
     pub(super) body_bytes: usize,
     pub(super) header_bytes: usize,
     pub(super) headers: usize,
+    /// The longer of id and source.
+    pub(super) id_bytes: usize,
     /// What it takes in flight.
     pub(super) bytes: usize,
 }

@@ -20,7 +20,7 @@ fn limits(events: usize) -> Limits {
     Limits { events, bytes: 1 << 20, held_max: MINUTE, drain: 5 * SECOND, message: MessageLimits::DEFAULT }
 }
 
-fn message(id: impl ToString) -> Message {
+fn message(id: u64) -> Message {
     Message::event("test:orders", id.to_string(), "order.placed").with_data("text/plain", "0123456789")
 }
 
@@ -131,7 +131,7 @@ async fn a_dropped_receive_loses_nothing() {
     let beside = opened(broker.another()).await;
     for id in 1..=50 {
         let mut dropped = Box::pin(broker.receive(WANT));
-        assert!(futures_poll_once(dropped.as_mut()).await.is_none());
+        assert!(poll_once(dropped.as_mut()).await.is_none());
         broker.publisher().send(message(id)).await;
         drop(dropped);
         let got = receive(&beside).await;
@@ -141,7 +141,48 @@ async fn a_dropped_receive_loses_nothing() {
     broker.settled().await;
 }
 
-async fn futures_poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+/// A consumer that waits against a publisher that spins, and the other way about, one message at a time: each looks
+/// just when the other acts. One lost wake-up and both stand still.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn no_wake_up_is_lost_between_threads() {
+    const MESSAGES: u64 = 2_000;
+    for publisher_spins in [true, false] {
+        let broker = Arc::new(opened(MemoryBroker::builder("orders").capacity(1).build()).await);
+        let publisher = broker.publisher();
+        let publishing = tokio::spawn(async move {
+            for id in 0..MESSAGES {
+                if publisher_spins {
+                    while publisher.try_publish(&message(id)).is_err() {
+                        tokio::task::consume_budget().await;
+                    }
+                } else {
+                    publisher.send(message(id)).await;
+                }
+            }
+        });
+        let consumer = Arc::clone(&broker);
+        let consuming = tokio::spawn(async move {
+            for _ in 0..MESSAGES {
+                let got = if publisher_spins {
+                    consumer.receive(WANT).await.unwrap()
+                } else {
+                    loop {
+                        match poll_once(consumer.receive(WANT).as_mut()).await {
+                            Some(got) => break got.unwrap(),
+                            None => tokio::task::consume_budget().await,
+                        }
+                    }
+                };
+                settle(&consumer, got[0].receipt, Settlement::Ack).await.unwrap();
+            }
+        });
+        let both = async { (publishing.await.unwrap(), consuming.await.unwrap()) };
+        timeout(MINUTE, both).await.expect("nobody is left waiting");
+        broker.settled().await;
+    }
+}
+
+async fn poll_once<F: Future + ?Sized>(mut future: std::pin::Pin<&mut F>) -> Option<F::Output> {
     std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
         std::task::Poll::Ready(output) => std::task::Poll::Ready(Some(output)),
         std::task::Poll::Pending => std::task::Poll::Ready(None),
@@ -316,6 +357,9 @@ async fn a_full_list_of_dead_letters_refuses_and_keeps_the_delivery() {
     assert_eq!(settle(&broker, got[1].receipt, letter(None)).await, Err(ErrorKind::Full));
     assert_eq!(settle(&broker, got[0].receipt, letter(None)).await, Ok(()), "it was settled before");
     assert_eq!(broker.standing().unsettled, 1);
+    broker.publisher().send(message(3)).await;
+    assert_eq!(receive(&broker).await.len(), 1, "takes the place that the first one left");
+    assert_eq!(settle(&broker, got[0].receipt, letter(None)).await, Ok(()), "it was settled before");
 }
 
 #[tokio::test(start_paused = true)]

@@ -134,7 +134,9 @@ impl Prepared {
     pub(crate) fn from_wire(headers: Headers, body: Bytes) -> Self {
         let (body_bytes, count, header_bytes) = (body.len(), headers.len(), headers.bytes());
         let message = decode(headers, body, &Convention::MEMORY, &UNLIMITED);
-        let size = Size { body_bytes, headers: count, header_bytes, bytes: message.bytes() };
+        let length = |text: &Option<Box<str>>| text.as_deref().map_or(0, str::len);
+        let id_bytes = length(&message.attributes.id).max(length(&message.attributes.source));
+        let size = Size { body_bytes, headers: count, header_bytes, id_bytes, bytes: message.bytes() };
         Self { message: Arc::new(message), size }
     }
 
