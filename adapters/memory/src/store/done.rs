@@ -4,7 +4,7 @@
 //! index (5 bytes at a load of 44 to 88 %, so 6 to 11); growing makes no pause, since the queue grows by segments and
 //! the index is split in shards that double one after the other. A sweep takes entries off the front.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -55,7 +55,8 @@ pub(super) struct Done {
     /// Numbers modulo 2^32: never more than that are there at once.
     index: Vec<HashTable<u32>>,
     records: usize,
-    dead: BTreeSet<u64>,
+    /// Which entries are of dead letters, each with the fence under which it was doomed.
+    dead: BTreeMap<u64, NonZeroU64>,
     troubles: BTreeMap<u64, Trouble>,
 }
 
@@ -69,7 +70,7 @@ impl Done {
             next: 0,
             index: vec![HashTable::new(); SHARDS],
             records: 0,
-            dead: BTreeSet::new(),
+            dead: BTreeMap::new(),
             troubles: BTreeMap::new(),
         }
     }
@@ -94,9 +95,9 @@ impl Done {
 
     /// Keeps a terminal record. The key must not be there.
     pub(super) fn push(&mut self, key: EventKey, record: Record) {
-        let (at, end) = match record.state {
-            State::Processed { at } => (at, End::Processed),
-            State::DeadLettered { at, reason } => (at, End::DeadLettered(reason)),
+        let (at, end, doomed) = match record.state {
+            State::Processed { at } => (at, End::Processed, None),
+            State::DeadLettered { at, reason, since } => (at, End::DeadLettered(reason), Some(since)),
             State::Claimed { .. } | State::Waiting { .. } | State::Doomed { .. } => return,
         };
         let number = self.next;
@@ -109,8 +110,8 @@ impl Done {
         if let Some(segment) = self.segments.back_mut() {
             segment.push(Entry { key, fingerprint, fence, at, attempt, crashes, end });
         }
-        if matches!(end, End::DeadLettered(_)) {
-            self.dead.insert(number);
+        if let Some(since) = doomed {
+            self.dead.insert(number, since);
             if let Some(trouble) = trouble {
                 self.troubles.insert(number, *trouble);
             }
@@ -170,7 +171,7 @@ impl Done {
 
     /// Dead letters' records from the oldest on.
     pub(super) fn dead(&self) -> impl Iterator<Item = (EventKey, Record)> {
-        self.dead.iter().filter_map(|number| self.keyed(*number))
+        self.dead.keys().filter_map(|number| self.keyed(*number))
     }
 
     fn due(&self, retention: Duration, now: Moment) -> Option<Entry> {
@@ -203,7 +204,10 @@ impl Done {
         let at = entry.at;
         let state = match entry.end {
             End::Processed => State::Processed { at },
-            End::DeadLettered(reason) => State::DeadLettered { at, reason },
+            End::DeadLettered(reason) => {
+                let since = self.dead.get(&number).copied().unwrap_or(entry.fence);
+                State::DeadLettered { at, reason, since }
+            }
             End::Gone => return None,
         };
         Some(Record {
@@ -263,6 +267,10 @@ mod tests {
             first: Moment(0),
             trouble: None,
         }
+    }
+
+    fn dead_lettered(at: u64) -> State {
+        State::DeadLettered { at: Moment(at), reason: Reason::Permanent, since: NonZeroU64::MIN }
     }
 
     fn processed(done: &mut Done, numbers: std::ops::Range<u64>) {
@@ -327,7 +335,7 @@ mod tests {
         processed(&mut done, 0..3);
         assert_eq!(done.remove(key(1)), done_record(1));
         assert_eq!((done.remove(key(1)), done.records(), done.places()), (None, 2, 3));
-        done.push(key(1), ended(7, State::DeadLettered { at: Moment(9), reason: Reason::Permanent }));
+        done.push(key(1), ended(7, dead_lettered(9)));
         assert_eq!(done.get(key(1)).map(|record| record.fence.get()), Some(8));
         let mut fence = 0;
         assert_eq!(done.sweep(Duration::ZERO, Moment(5), usize::MAX, &mut fence), (2, false));
@@ -356,8 +364,7 @@ mod tests {
         let mut done = Done::new();
         let trouble = |number: u64| Some(Box::new(Trouble { id: number.to_string().into(), error: "".into() }));
         for number in 0..=TROUBLES_MAX as u64 {
-            let state = State::DeadLettered { at: Moment(0), reason: Reason::Permanent };
-            done.push(key(number), Record { trouble: trouble(number), ..ended(number, state) });
+            done.push(key(number), Record { trouble: trouble(number), ..ended(number, dead_lettered(0)) });
         }
         assert_eq!(done.get(key(0)).and_then(|record| record.trouble), None);
         assert_eq!(done.get(key(1)).and_then(|record| record.trouble), trouble(1));

@@ -190,9 +190,9 @@ fn is_done(record: &Record) -> bool {
 pub(super) fn view(key: EventKey, record: &Record, now: Moment) -> RecordView {
     let (since, reason) = match record.state {
         State::Claimed { until } | State::Waiting { until } => (until.since(now), None),
-        State::Doomed { until, reason } => (until.since(now), Some(reason)),
+        State::Doomed { until, reason, .. } => (until.since(now), Some(reason)),
         State::Processed { at } => (now.since(at), None),
-        State::DeadLettered { at, reason } => (now.since(at), Some(reason)),
+        State::DeadLettered { at, reason, .. } => (now.since(at), Some(reason)),
     };
     let mut view = RecordView::new(key, record.status(), record.fence.get(), record.attempt, record.crashes, since);
     view.trouble = record.trouble.as_deref().cloned();

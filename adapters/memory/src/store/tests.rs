@@ -109,9 +109,10 @@ impl Draw {
         let mut numbers: Vec<u64> = (0..6).collect();
         self.rng.shuffle(&mut numbers);
         numbers.truncate(self.rng.usize(1..4));
+        let recent = &self.fences[self.fences.len().saturating_sub(10)..];
         let request = |number| ClaimRequest {
             fingerprint: Fingerprint([if self.rng.u8(..8) == 0 { 2 } else { 1 }; 16]),
-            reopen: if self.rng.bool() { None } else { self.rng.choice(&self.fences).copied() },
+            reopen: if self.rng.bool() { None } else { self.rng.choice(recent).copied() },
             ..request(ConsumerId(self.rng.u32(..2)), number, self.rng.u128(1..6))
         };
         numbers.into_iter().map(request).collect()
