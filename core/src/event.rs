@@ -50,7 +50,7 @@ pub(crate) fn type_name<E: Event>() -> String {
 }
 
 /// Type and version of a type as it travels.
-fn split_version(ty: &str) -> (&str, u32) {
+pub(crate) fn split_version(ty: &str) -> (&str, u32) {
     ty.rsplit_once(".v")
         .filter(|(_, digits)| !digits.starts_with('0') && digits.bytes().all(|b| b.is_ascii_digit()))
         .and_then(|(base, digits)| Some((base, digits.parse().ok()?)))
@@ -89,7 +89,7 @@ pub enum Otherwise {
 pub struct Route<S, T> {
     pub(crate) info: RouteInfo,
     #[allow(clippy::type_complexity, reason = "made once and taken apart once, here and in the builder")]
-    pub(crate) bind: Box<dyn FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start>>,
+    pub(crate) bind: Box<dyn FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start> + Send>,
     marker: PhantomData<fn(S, T)>,
 }
 
@@ -193,7 +193,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
     fn new(
         event: Option<(&'static str, u32)>,
         transactional: bool,
-        bind: impl FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start> + 'static,
+        bind: impl FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start> + Send + 'static,
     ) -> Self {
         let info = RouteInfo { event, transactional, effects: Effects::Undeclared, timeout: None, retry: None };
         Self { info, bind: Box::new(bind), marker: PhantomData }
