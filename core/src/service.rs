@@ -206,6 +206,7 @@ mod tests {
     use tokio::time::{Instant, sleep};
 
     use super::*;
+    use crate::health::Vitals;
 
     type Run = BoxFuture<'static, Result<()>>;
 
@@ -263,6 +264,24 @@ mod tests {
         let ended: Run = Box::pin(async { Ok(()) });
         together([ended].into_iter(), &stop, pending()).await.expect("nobody failed");
         assert!(!stop.is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_reads_as_flat_json() {
+        let consumer = ConsumerReport {
+            name: "billing".to_owned(),
+            level: Level::Deduplicated,
+            health: Vitals::new().health(),
+            statistics: Statistics::default(),
+        };
+        let json = serde_json::to_value(Report { live: true, ready: false, consumers: vec![consumer] }).unwrap();
+        let first = &json["consumers"][0];
+        assert_eq!(
+            (&json["ready"], &first["ready"], &first["phase"]),
+            (&false.into(), &false.into(), &"starting".into())
+        );
+        assert_eq!((&first["level"], &first["name"]), (&"Deduplicated".into(), &"billing".into()));
+        assert_eq!((&first["statistics"]["processed"], &first["store"]["up"]), (&0.into(), &false.into()));
     }
 
     #[tokio::test]
