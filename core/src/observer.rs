@@ -309,8 +309,6 @@ pub enum Side {
 }
 
 impl Side {
-    pub(crate) const ALL: [Self; 3] = [Self::Store, Self::Broker, Self::Publisher];
-
     /// As a lower-case word.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -205,8 +205,7 @@ mod tests {
         tracing::subscriber::with_default(fields.clone(), || {
             handler_span("billing", "order.placed", message, &lease(7));
         });
-        let seen = fields.0.lock().unwrap().clone();
-        seen
+        fields.0.lock().unwrap().clone()
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use tracing::{info, warn};
 
 use super::Observed;
+use crate::secret::redact;
 
 /// What filters name: `RUST_LOG=hapax=info`.
 const TARGET: &str = "hapax";
@@ -25,6 +26,7 @@ pub(super) fn log(consumer: &str, what: &Observed<'_>) {
         }
         Observed::Switch { open: false } => warn!(target: TARGET, consumer, "kill switch closed: intake goes on"),
         Observed::Reach { side, up: false, error } => {
+            let error = &*redact(error);
             warn!(target: TARGET, consumer, side = side.as_str(), error, "cannot be reached: intake waits");
         }
         Observed::Reach { side, up: true, .. } => {

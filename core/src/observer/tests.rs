@@ -127,7 +127,11 @@ fn everything() -> Vec<Observed<'static>> {
     all.extend(Verb::ALL.map(|verb| Observed::Called { verb, batch: 7, took, ok: true }));
     all.extend(HandlerEnd::ALL.map(|end| Observed::Handled { route: "order.placed", end, took }));
     all.extend(Reason::ALL.map(|reason| Observed::DeadLettered { reason, id: CANARY, error: CANARY }));
-    all.extend(Side::ALL.map(|side| Observed::Reach { side, up: true, error: CANARY }));
+    all.extend([Side::Store, Side::Broker, Side::Publisher].map(|side| Observed::Reach {
+        side,
+        up: true,
+        error: CANARY,
+    }));
     all
 }
 
@@ -256,6 +260,74 @@ fn every_metric_is_described_and_stands_in_the_docs() {
         let name = word.trim_end_matches("_sum").trim_end_matches("_count").trim_end_matches("_bucket");
         assert!(ALL.iter().any(|(known, ..)| *known == name), "docs/alerts.yml names {word}, which is no metric");
     }
+}
+
+/// The lines that are logged, each as `LEVEL field=value ..`.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "hapax"
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut line = event.metadata().level().to_string();
+        event.record(&mut |field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+            line.push_str(&format!(" {field}={value:?}"));
+        });
+        self.0.lock().unwrap().push(line);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+fn logged(all: &[Observed<'_>]) -> Vec<String> {
+    let lines = Lines::default();
+    tracing::subscriber::with_default(lines.clone(), || {
+        let telemetry = Telemetry::new("billing");
+        all.iter().for_each(|what| telemetry.observe(what));
+    });
+    std::mem::take(&mut lines.0.lock().unwrap())
+}
+
+#[test]
+fn an_event_that_succeeds_logs_nothing() {
+    let took = Duration::from_millis(1);
+    let life = [
+        Observed::Received { events: 1, bytes: 10 },
+        Observed::Called { verb: Verb::Claim, batch: 1, took, ok: true },
+        Observed::Handled { route: "order.placed", end: HandlerEnd::Ok, took },
+        Observed::Called { verb: Verb::Settle, batch: 1, took, ok: true },
+        Observed::Duplicate { of: Duplicate::Processed, ago: Some(took) },
+        Observed::InFlight { events: 0, bytes: 0 },
+    ];
+    assert_eq!(logged(&life), Vec::<String>::new());
+}
+
+#[test]
+fn a_dead_letter_is_logged_with_what_a_search_needs() {
+    let lines = logged(&[Observed::DeadLettered { reason: Reason::Permanent, id: CANARY, error: "no such card" }]);
+    assert_eq!(lines.len(), 1);
+    for part in ["WARN", "consumer=\"billing\"", "reason=\"permanent\"", CANARY, "no such card"] {
+        assert!(lines[0].contains(part), "{part} is missing in {}", lines[0]);
+    }
+}
+
+#[test]
+fn a_lost_connection_is_logged_without_its_credentials_and_a_regained_one_as_information() {
+    let error = "connect redis://user:canary-4711@cache failed";
+    let lines = logged(&[
+        Observed::Reach { side: Side::Store, up: false, error },
+        Observed::Reach { side: Side::Store, up: true, error: "" },
+    ]);
+    assert!(lines[0].starts_with("WARN") && lines[0].contains("redis://***@cache"), "{}", lines[0]);
+    assert!(!lines[0].contains(CANARY));
+    assert!(lines[1].starts_with("INFO"), "{}", lines[1]);
 }
 
 #[test]
