@@ -22,6 +22,7 @@ mod secret;
 mod service;
 mod settings;
 mod shutdown;
+mod stepping;
 mod store;
 mod trace;
 
@@ -47,6 +48,8 @@ pub use settings::{Order, Settings};
 pub use secret::{SecretUrl, redact};
 pub use service::{ConsumerReport, Report, Service, ServiceHandle};
 pub use shutdown::shutdown_signal;
+#[doc(hidden)]
+pub use stepping::Stepper;
 pub use store::{
     Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, ProcessedStore, RecordView,
     Recorded, Renewal, Status, StoreAdmin, StoreHealth, Swept, TransactionalStore, Trouble,

@@ -25,6 +25,7 @@ use crate::observer::{Observer, Telemetry};
 use crate::publisher::Publisher;
 use crate::retry::RetryPolicy;
 use crate::settings::{Order, Settings};
+use crate::stepping::Stepper;
 use crate::store::{ConsumerId, ProcessedStore, StoreHealth, TransactionalStore};
 use plan::Plan;
 
@@ -72,6 +73,7 @@ struct Choices {
     required: Level,
     seed: Option<u64>,
     redact: Option<fn(&str) -> String>,
+    stepper: Option<Arc<dyn Stepper>>,
     /// Found while methods were called.
     faults: Vec<Fault>,
 }
@@ -84,7 +86,7 @@ pub(crate) struct Parts {
     pub(crate) consumer: ConsumerId,
     pub(crate) publisher: Option<Arc<dyn Publisher>>,
     pub(crate) observer: Arc<dyn Observer>,
-    /// With `in_flight_max` and `call_timeout` as they hold.
+    /// With `in_flight_max`, `concurrency` and `call_timeout` as they hold.
     pub(crate) settings: Settings,
     pub(crate) order: Order,
     /// Of handlers without one of their own.
@@ -103,6 +105,7 @@ pub(crate) struct Parts {
     pub(crate) health: StoreHealth,
     pub(crate) seed: Option<u64>,
     pub(crate) redact: Option<fn(&str) -> String>,
+    pub(crate) stepper: Option<Arc<dyn Stepper>>,
 }
 
 impl Consumer {
@@ -125,6 +128,7 @@ impl Consumer {
             required: Level::Deduplicated,
             seed: None,
             redact: None,
+            stepper: None,
             faults: Vec::new(),
         };
         ConsumerBuilder { state: Arc::new(()), store, routes: Vec::new(), choices }
@@ -133,7 +137,12 @@ impl Consumer {
 
 impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
     /// What handlers see as [`Context::state`](crate::Context::state). Goes before the handlers. Default: `()`.
-    pub fn state<N: Send + Sync + 'static>(mut self, state: N) -> ConsumerBuilder<N, T> {
+    pub fn state<N: Send + Sync + 'static>(self, state: N) -> ConsumerBuilder<N, T> {
+        self.shared_state(Arc::new(state))
+    }
+
+    /// As [`state`](Self::state), where others keep hold of it too.
+    pub fn shared_state<N: Send + Sync + 'static>(mut self, state: Arc<N>) -> ConsumerBuilder<N, T> {
         if !self.routes.is_empty() {
             self.choices.faults.push(Fault::new(
                 "state-after-handler",
@@ -142,7 +151,7 @@ impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
                 ".state(..) before the first .on(..)",
             ));
         }
-        ConsumerBuilder { state: Arc::new(state), store: self.store, routes: Vec::new(), choices: self.choices }
+        ConsumerBuilder { state, store: self.store, routes: Vec::new(), choices: self.choices }
     }
 
     /// Handles events of type `E`.
@@ -300,6 +309,7 @@ impl Choices {
             health: plan.health,
             seed: self.seed,
             redact: self.redact,
+            stepper: self.stepper,
         }
     }
 }

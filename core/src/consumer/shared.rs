@@ -31,6 +31,7 @@ use crate::observer::{Observed, Observer, Side};
 use crate::publisher::Publisher;
 use crate::retry::RetryPolicy;
 use crate::settings::{Order, Settings};
+use crate::stepping::{Stepped, Stepper};
 use crate::store::{
     ClaimRequest, ConsumerId, EventKey, Fingerprint, Lease, Outcome, ProcessedStore, Recorded, Trouble,
 };
@@ -50,6 +51,7 @@ pub(super) struct Shared {
     pub(super) guarantee: Guarantee,
     pub(super) settings: Settings,
     redact: Option<fn(&str) -> String>,
+    stepper: Option<Arc<dyn Stepper>>,
     // Decided once from the settings.
     pub(super) order: Order,
     pub(super) bounds: Bounds,
@@ -248,6 +250,7 @@ impl Shared {
             guarantee: parts.guarantee,
             settings: parts.settings,
             redact: parts.redact,
+            stepper: parts.stepper,
         }
     }
 
@@ -448,7 +451,11 @@ impl Shared {
     /// Runs the handler on a tokio task of its own and waits for it, its stop, or its panic.
     pub(super) async fn spawned(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
         let begun = Instant::now();
-        let mut handler = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(ready.start(Arc::clone(run))));
+        let mut running = ready.start(Arc::clone(run));
+        if let Some(stepper) = &self.stepper {
+            running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));
+        }
+        let mut handler = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(running));
         let mut stopped = None;
         let joined = std::future::poll_fn(|cx| match std::pin::Pin::new(&mut handler).poll(cx) {
             std::task::Poll::Pending => {

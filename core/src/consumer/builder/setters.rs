@@ -11,6 +11,7 @@ use crate::observer::Observer;
 use crate::publisher::Publisher;
 use crate::retry::RetryPolicy;
 use crate::settings::{Order, Settings};
+use crate::stepping::Stepper;
 
 /// One method a setting, named as its field.
 macro_rules! settings {
@@ -126,6 +127,15 @@ impl<S, T> ConsumerBuilder<S, T> {
     /// other's claims for their own.
     pub fn seed(mut self, seed: u64) -> Self {
         self.choices.seed = Some(seed);
+        self
+    }
+
+    /// For test kits, and no part of the stable API: handlers are stepped through, and what was to be published goes to
+    /// `publisher`, where one was set.
+    #[doc(hidden)]
+    pub fn under_test(mut self, stepper: Arc<dyn Stepper>, publisher: Arc<dyn Publisher>) -> Self {
+        self.choices.stepper = Some(stepper);
+        self.choices.publisher = self.choices.publisher.map(|_| publisher);
         self
     }
 
