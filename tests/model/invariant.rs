@@ -63,10 +63,11 @@ invariants! {
     Quiesce = "L1 Quiesce",
     /// Ours: the attempt of a grant is not higher than what was counted: no chance is taken away.
     ChancesKept = "ChancesKept",
-    /// Ours: a dead letter runs that is sent back when the record names it and nobody can overtake it (the event is
-    /// recorded dead-lettered, or nothing of it is under way and no other letter follows), unless the event has been processed since.
+    /// Ours: the last holder's dead letter runs if it is sent back when nobody can overtake it (the event is recorded
+    /// dead-lettered, or nothing of it is under way and no other letter follows), unless the event has been processed
+    /// since.
     RedriveRuns = "RedriveRuns",
-    /// Ours, and not promised: so does each dead letter of this life, sent back at any time.
+    /// Ours: so does each holder's dead letter of this life, sent back at any time.
     EveryLetterRuns = "EveryLetterRuns",
 }
 

@@ -21,7 +21,7 @@
 //!
 //! | variant | broken |
 //! |---|---|
-//! | the protocol | nothing; not promised: `EveryLetterRuns` (`holds.rs` says when), and S13 without a transaction |
+//! | the protocol | nothing; not promised: S13 without a transaction |
 //! | A completion without fence | S2 S6 |
 //! | B release without fence | S2 S3 S4 S6 S12 S15 S16 |
 //! | C attempts counted on failure | S15 S16 |
@@ -33,9 +33,10 @@
 //! | H marked before the handler runs | S1 |
 //! | I dead letter before any mark | S2 S3 |
 //! | I' dead letter after the last mark | S1 S7 S22 |
-//! | J any duplicate of a dead letter reopens | S2 S3 S15 S16 |
+//! | J any duplicate of a dead letter reopens | S2 S3 S15 S16 `EveryLetterRuns` |
 //! | J' reopen token never spent | S2 S3 S15 S16 |
-//! | J'' no reopening while doomed | `RedriveRuns` |
+//! | J'' no reopening while doomed | `RedriveRuns` `EveryLetterRuns` |
+//! | J''' only the last letter reopens | `EveryLetterRuns` |
 //! | K renewal without fence | S4 S6 S12 |
 //! | L sweep too early | S2 S3 S12 S15 S16 S24 |
 //! | L' sweep of anything | S2 S3 S4 S12 S15 S16 S24 |

@@ -29,12 +29,12 @@ fn records() -> Vec<Option<Record>> {
                 records
                     .extend([true, false].map(|expired| Some(Record { status: Status::Claimed { expired }, ..held })));
                 records.extend([true, false].map(|due| Some(Record { status: Status::Waiting { due }, ..held })));
-                records.extend(
-                    [true, false]
-                        .map(|expired| Some(Record { status: Status::Doomed { expired, since: fence }, ..ended })),
-                );
                 records.push(Some(ended));
-                records.push(Some(Record { status: Status::DeadLettered { since: fence }, ..ended }));
+                for since in FENCES.start..=fence {
+                    let doomed = [true, false].map(|expired| Status::Doomed { expired, since });
+                    let set_aside = doomed.into_iter().chain([Status::DeadLettered { since }]);
+                    records.extend(set_aside.map(|status| Some(Record { status, ..ended })));
+                }
             }
         }
     }
@@ -108,12 +108,16 @@ fn to_machine(record: Option<Record>) -> Option<machine::Record> {
         state: match record.status {
             Status::Claimed { expired } => machine::State::Claimed { until: end(expired) },
             Status::Waiting { due } => machine::State::Waiting { until: end(due) },
-            Status::Doomed { expired, .. } => machine::State::Doomed { until: end(expired), reason: Reason::Permanent },
+            Status::Doomed { expired, since } => {
+                machine::State::Doomed { until: end(expired), reason: Reason::Permanent, since: number(since) }
+            }
             Status::Processed => machine::State::Processed { at: PAST },
-            Status::DeadLettered { .. } => machine::State::DeadLettered { at: PAST, reason: Reason::Permanent },
+            Status::DeadLettered { since } => {
+                machine::State::DeadLettered { at: PAST, reason: Reason::Permanent, since: number(since) }
+            }
         },
         fingerprint: Fingerprint([2; 16]),
-        fence: NonZeroU64::new(record.fence.into()).expect("fences begin at 1"),
+        fence: number(record.fence),
         attempt: record.attempt.into(),
         crashes: record.crashes.into(),
         token: token_of(record.token),
@@ -124,11 +128,11 @@ fn to_machine(record: Option<Record>) -> Option<machine::Record> {
 
 /// A record back from the machine. What the model does not keep of it is nobody's concern there.
 fn from_machine(record: &machine::Record) -> Record {
-    let fence = u8::try_from(record.fence.get()).expect("a small world");
+    let fence_of = |number: NonZeroU64| u8::try_from(number.get()).expect("a small world");
     let small = |number: u32| u8::try_from(number).expect("a small world");
     let held = Record {
         status: Status::Processed,
-        fence,
+        fence: fence_of(record.fence),
         attempt: small(record.attempt),
         crashes: small(record.crashes),
         token: [0, 1].into_iter().find(|&token| token_of(Some(token)) == record.token),
@@ -137,11 +141,13 @@ fn from_machine(record: &machine::Record) -> Record {
     match record.state {
         machine::State::Claimed { until } => Record { status: Status::Claimed { expired: until <= NOW }, ..held },
         machine::State::Waiting { until } => Record { status: Status::Waiting { due: until <= NOW }, ..held },
-        machine::State::Doomed { until, .. } => {
-            Record { status: Status::Doomed { expired: until <= NOW, since: fence }, ..ended }
+        machine::State::Doomed { until, since, .. } => {
+            Record { status: Status::Doomed { expired: until <= NOW, since: fence_of(since) }, ..ended }
         }
         machine::State::Processed { .. } => ended,
-        machine::State::DeadLettered { .. } => Record { status: Status::DeadLettered { since: fence }, ..ended },
+        machine::State::DeadLettered { since, .. } => {
+            Record { status: Status::DeadLettered { since: fence_of(since) }, ..ended }
+        }
     }
 }
 
@@ -194,8 +200,11 @@ fn outcome_of(outcome: Outcome) -> hapax::Outcome {
 }
 
 fn lease(fence: u8) -> Lease {
-    let fence = NonZeroU64::new(fence.into()).expect("fences begin at 1");
-    Lease { consumer: ConsumerId(1), key: EventKey([1; 16]), fence, attempt: 1 }
+    Lease { consumer: ConsumerId(1), key: EventKey([1; 16]), fence: number(fence), attempt: 1 }
+}
+
+fn number(fence: u8) -> NonZeroU64 {
+    NonZeroU64::new(fence.into()).expect("fences begin at 1")
 }
 
 /// 0 is nobody's.

@@ -158,7 +158,7 @@ pub(crate) struct Witness {
     pub(crate) spent: u16,
     /// A dead letter was sent back, and no handler has started since.
     pub(crate) redriven: bool,
-    /// It was the letter that the record names, with nobody left to overtake it.
+    /// It was the last holder's letter, with nobody left to overtake it.
     pub(crate) redriven_by_the_book: bool,
     pub(crate) broken: Broken,
 }

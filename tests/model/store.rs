@@ -84,7 +84,7 @@ pub(crate) fn claim(slot: &mut Option<Record>, floor: u8, token: Option<u8>, reo
             grant(slot, Record { status: lease, ..next }, kind, variant)
         }
         Status::Doomed { expired: true, since } => {
-            let since = if variant == Variant::EveryLetterReopens { since } else { next.fence };
+            let since = if variant == Variant::LastLetterReopens { next.fence } else { since };
             *slot = Some(Record { status: Status::Doomed { expired: false, since }, ..next });
             let kind = Kind::Doomed { repeat: false };
             Claim::Granted(Grant { fence: next.fence, attempt: 0, crashes: 0, kind })
@@ -101,8 +101,8 @@ fn grant(slot: &mut Option<Record>, record: Record, kind: Kind, variant: Variant
     Claim::Granted(Grant { fence: record.fence, attempt, crashes: record.crashes, kind })
 }
 
-/// The letter of the last holder reopens the event, the first copy of it closes the door behind it. An expired `Doomed`
-/// counts as dead-lettered: the letter that came back proves that it was placed.
+/// Each holder of a doomed event may have placed a letter. Any one of them reopens it, and the first that does closes the
+/// door behind all. An expired `Doomed` counts as dead-lettered: the letter that came back proves that it was placed.
 fn reopens(record: &Record, reopen: u8, variant: Variant) -> bool {
     let since = match record.status {
         Status::DeadLettered { .. } if variant == Variant::AnyDuplicateReopens => return true,

@@ -5,9 +5,6 @@
 pub(crate) enum Variant {
     /// The protocol of design.md section 6.
     Proposed,
-    /// Not wrong, but more than was designed: each holder of a doomed event may have placed a letter, and any one of
-    /// these reopens it.
-    EveryLetterReopens,
     /// A: `Processed` is written whoever holds the event.
     CompleteWithoutFence,
     /// B: a failure deletes the record whoever holds the event.
@@ -36,6 +33,8 @@ pub(crate) enum Variant {
     ReopenTokenKept,
     /// J'': a letter sent back while the event is still doomed is set aside again.
     DoomedStaysShut,
+    /// J''': of the letters that several holders of a doomed event placed, only the last one reopens it.
+    LastLetterReopens,
     /// K: a renewal is granted whoever holds the event.
     RenewWithoutFence,
     /// L: terminal records are swept while the event may still come back.

@@ -90,12 +90,12 @@ impl State {
     /// an earlier life, is a duplicate.
     pub(crate) fn note_redrive(&mut self, token: u8) {
         let opens = self.seen.spent >> token & 1 == 0 && token >= self.seen.life_since;
-        let named = self.record.is_some_and(|record| {
+        let last = self.record.is_some_and(|record| {
             let settled = self.is_at_rest() && self.late.is_none() && self.left.redrives == 1;
             record.fence == token && (settled || matches!(record.status, Status::DeadLettered { .. }))
         });
         self.seen.redriven |= opens;
-        self.seen.redriven_by_the_book |= opens && named;
+        self.seen.redriven_by_the_book |= opens && last;
     }
 
     pub(crate) fn note_ack(&mut self, i: usize) {

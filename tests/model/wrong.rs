@@ -7,7 +7,9 @@ use crate::invariant::Invariant::{
     FenceMonotonic, FencedWriteRejected, NoLoss, NoSettleWhenFenced, NoStartAfterTerminal, OneLiveLease, Quiesce,
     RedriveRuns, RetryNotEarly, SettleOnlyTerminal, SweepSafe, TerminalExclusive,
 };
-use crate::scenario::{FORGETFUL, Faults, ONE_COPY, REDRIVE_TWICE, Scenario, TRANSACTION, TWO_COPIES, UNCOUNTED};
+use crate::scenario::{
+    FORGETFUL, Faults, ONE_COPY, REDRIVE, REDRIVE_TWICE, Scenario, TRANSACTION, TWO_COPIES, UNCOUNTED,
+};
 use crate::variant::Variant;
 
 /// An operator and one crash.
@@ -101,6 +103,12 @@ fn a_reopen_token_that_is_not_spent_runs_twice() {
 #[test]
 fn a_doomed_event_that_stays_shut_sends_the_operators_letter_round_in_circles() {
     assert_broken(REDRIVEN, Variant::DoomedStaysShut, &[RedriveRuns, EveryLetterRuns]);
+}
+
+#[test]
+fn a_record_that_knows_its_last_letter_only_swallows_the_ones_before() {
+    assert_broken(REDRIVEN, Variant::LastLetterReopens, &[EveryLetterRuns]);
+    assert_broken(REDRIVE, Variant::LastLetterReopens, &[EveryLetterRuns]);
 }
 
 #[test]
