@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use hapax::EventKey;
 use tokio::time::Instant;
 
+pub(crate) use entry::Terminal;
 pub use entry::{Answer, Ending, Entry, Recording, Renewing, Settling, What};
 pub use witness::{WitnessedBroker, WitnessedStore};
 

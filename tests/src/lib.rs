@@ -1,10 +1,14 @@
-//! The test kit of hapax: what an adapter must pass, and what breaks a consumer on purpose.
+//! The test kit of hapax: what an adapter must pass, what breaks a consumer on purpose, and who watches.
 //!
 //! - [`conformance`]: one named test for each clause of the contracts; [`broker_conformance!`], [`store_conformance!`] and
 //!   [`transactional_conformance!`] run them all against a fixture.
+//! - [`faulty`]: brokers and stores that fail, hang, lose answers, deliver twice and out of order.
+//! - [`ledger`]: the history of what happened, kept by witnesses.
+//! - [`checkers`]: the invariants of the promise, as functions over a history.
 //!
 //! Everything that decides is seeded, and every clock is tokio's: a run repeats exactly.
 
+pub mod checkers;
 pub mod conformance;
 pub mod faulty;
 pub mod ledger;

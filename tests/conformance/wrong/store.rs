@@ -49,6 +49,8 @@ enum Wrong {
     ReopensProcessed,
     /// Any token reopens any dead letter.
     ReopensAnything,
+    /// Knows the token of the last letter only.
+    OneLetterReopens,
     /// Compares the data before the token.
     ReopenChecksData,
     /// Grants a doomed event like any other.
@@ -98,6 +100,7 @@ const STORE: Table<Wrong, WrongRecords> = Table {
         (Wrong::IgnoresConflict, &["other_data_is_a_conflict", "a_batch_equals_its_items"]),
         (Wrong::ReopensProcessed, &["a_reopen_token_works_once", "a_wrong_reopen_token_changes_nothing"]),
         (Wrong::ReopensAnything, &["a_wrong_reopen_token_changes_nothing"]),
+        (Wrong::OneLetterReopens, &["any_letter_of_a_doomed_event_reopens_it", "a_batch_equals_its_items"]),
         (Wrong::ReopenChecksData, &["a_reopen_takes_other_data"]),
         (Wrong::HidesDoom, &["a_doomed_event_is_granted_as_doomed", "a_batch_equals_its_items"]),
         (Wrong::DropsLastOfBatch, &["a_batch_equals_its_items"]),
@@ -195,11 +198,17 @@ impl WrongStore {
                 Wrong::IgnoresConflict => request.fingerprint = record.fingerprint,
                 Wrong::ReopensProcessed if request.reopen.is_some() => {
                     if let State::Processed { at } = record.state {
-                        record.state = State::DeadLettered { at, reason: hapax::Reason::Permanent };
+                        record.state =
+                            State::DeadLettered { at, reason: hapax::Reason::Permanent, since: record.fence };
                         request.reopen = Some(record.fence);
                     }
                 }
                 Wrong::ReopensAnything if request.reopen.is_some() && dead => request.reopen = Some(record.fence),
+                Wrong::OneLetterReopens => {
+                    if let State::Doomed { since, .. } | State::DeadLettered { since, .. } = &mut record.state {
+                        *since = record.fence;
+                    }
+                }
                 Wrong::ReopenChecksData if !record.fingerprint.agrees(request.fingerprint) => return Claim::Conflict,
                 _ => {}
             }
@@ -228,7 +237,7 @@ impl WrongStore {
             if let (Wrong::DeadLettersAtOnce, Outcome::DeadLettered, State::Claimed { until }) =
                 (self.wrong, &outcome, record.state)
             {
-                record.state = State::Doomed { until, reason: hapax::Reason::Permanent };
+                record.state = State::Doomed { until, reason: hapax::Reason::Permanent, since: record.fence };
             }
         }
         match (&mut outcome, self.wrong) {

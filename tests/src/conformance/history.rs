@@ -93,6 +93,7 @@ impl History {
         let mut batch = Vec::new();
         for key in self.some_keys() {
             let event = &self.events[&key];
+            let coin = self.rng.u8(..3);
             let request = match event.last {
                 // Its answer was lost.
                 Some(last) if self.rng.u8(..4) == 0 => last,
@@ -101,7 +102,7 @@ impl History {
                     fingerprint: Fingerprint::of(None, &[u8::from(self.rng.u8(..12) == 0)]),
                     token: self.rng.u128(..),
                     // In the specification's names: a right token, an old one, or none.
-                    reopen: event.leases.last().filter(|_| self.rng.u8(..3) == 0).map(|(ours, _)| ours.fence),
+                    reopen: self.rng.choice(&event.leases).filter(|_| coin == 0).map(|(ours, _)| ours.fence),
                     ..self.desk.request("")
                 },
             };

@@ -60,6 +60,7 @@ macro_rules! store_cases {
             a_reopen_token_works_once
             a_reopen_takes_other_data
             a_wrong_reopen_token_changes_nothing
+            any_letter_of_a_doomed_event_reopens_it
             a_doomed_event_is_granted_as_doomed
             a_batch_equals_its_items
             a_lost_lease_is_not_renewed
@@ -452,6 +453,34 @@ pub async fn a_wrong_reopen_token_changes_nothing<F: StoreFixture>(fixture: &F) 
     // The right token still works.
     let request = ClaimRequest { reopen: Some(dead.fence), ..desk.request("dead") };
     granted(desk.ask(request).await);
+}
+
+/// Each holder of a doomed event may have placed its letter before it died: any of their tokens reopens it, once in all.
+pub async fn any_letter_of_a_doomed_event_reopens_it<F: StoreFixture>(fixture: &F) {
+    let desk = Desk::at(fixture).await;
+    for (id, which) in [("first", 1), ("second", 2), ("last", 3)] {
+        let overtaken = desk.granted(id).await;
+        fixture.pass(desk.lease + F::UNIT).await;
+        let mut holders = vec![overtaken, desk.granted(id).await];
+        desk.done(holders[1], doomed()).await;
+        for _ in 0..2 {
+            fixture.pass(desk.lease + F::UNIT).await;
+            holders.push(desk.granted(id).await);
+        }
+        desk.done(holders[3], Outcome::DeadLettered).await;
+        let with = |holder: usize| ClaimRequest { reopen: Some(holders[holder].fence), ..desk.request(id) };
+        assert_dead_lettered(&desk.ask(with(0)).await);
+        let (again, history) = granted(desk.ask(with(which)).await);
+        assert!(again.fence > holders[3].fence);
+        assert_eq!((again.attempt, history), (1, None), "attempts and crashes start again");
+        for holder in 1..4 {
+            assert_held(&desk.ask(with(holder)).await, desk.lease);
+        }
+        desk.done(again, Outcome::Processed).await;
+        for holder in 1..4 {
+            assert_processed(&desk.ask(with(holder)).await);
+        }
+    }
 }
 
 /// A doomed event is held while its lease lives, and then granted as doomed: no attempt, no crash more.

@@ -75,6 +75,8 @@ pub enum What {
         /// The claim's token.
         #[serde(serialize_with = "as_text")]
         token: u128,
+        /// Whether it bears a reopen token.
+        reopen: bool,
     },
     /// A claim was answered.
     Claimed {
@@ -267,9 +269,13 @@ impl What {
         }
     }
 
-    /// Whether this line grants a reopened event.
-    pub(crate) fn reopens(&self) -> bool {
-        matches!(self, Self::Claimed { reopen: true, answer: Answer::Granted { attempt: 1, .. }, .. })
+    /// Whether the event's life begins anew here, for sure or perhaps: what was known of it no longer counts.
+    pub(crate) fn begins_anew(&self) -> bool {
+        matches!(
+            self,
+            Self::Forgotten { .. }
+                | Self::Claimed { reopen: true, answer: Answer::Granted { attempt: 1, .. } | Answer::Unknown, .. }
+        )
     }
 }
 

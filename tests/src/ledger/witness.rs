@@ -26,8 +26,26 @@ impl WitnessedStore {
         Self { inner, ledger }
     }
 
+    /// Writes these lines, unless the call is answered: a call that is dropped leaves its outcome unknown.
+    fn unanswered(&self, lines: Vec<What>) -> Unanswered {
+        Unanswered { ledger: self.ledger.clone(), lines }
+    }
+
     fn now(&self) -> Duration {
         self.ledger.book.start.elapsed()
+    }
+}
+
+struct Unanswered {
+    ledger: Ledger,
+    lines: Vec<What>,
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        for line in self.lines.drain(..) {
+            self.ledger.write(line);
+        }
     }
 }
 
@@ -39,19 +57,24 @@ impl ProcessedStore for WitnessedStore {
 
     async fn claim(&self, batch: &[ClaimRequest], lease: Duration) -> Result<Vec<Claim>> {
         let asked = self.now();
-        for request in batch {
-            self.ledger.write(What::ClaimAsked { key: request.key, token: request.token });
+        let claimed = |request: &ClaimRequest, answer| {
+            let &ClaimRequest { key, fingerprint, token, reopen, .. } = request;
+            What::Claimed { key, asked, token, fingerprint, reopen: reopen.is_some(), lease, answer }
+        };
+        for &ClaimRequest { key, token, reopen, .. } in batch {
+            self.ledger.write(What::ClaimAsked { key, token, reopen: reopen.is_some() });
         }
+        let unknown = batch.iter().map(|request| claimed(request, Answer::Unknown)).collect();
+        let mut unanswered = self.unanswered(unknown);
         let answers = self.inner.claim(batch, lease).await;
+        unanswered.lines.clear();
         for (n, request) in batch.iter().enumerate() {
             let answer = match &answers {
                 Ok(answers) => answers.get(n).map_or(Answer::Unknown, Answer::of),
                 Err(error) if leaves_open(error.kind()) => Answer::Unknown,
                 Err(_) => Answer::Refused,
             };
-            let &ClaimRequest { key, fingerprint, token, reopen, .. } = request;
-            let reopen = reopen.is_some();
-            self.ledger.write(What::Claimed { key, asked, token, fingerprint, reopen, lease, answer });
+            self.ledger.write(claimed(request, answer));
         }
         answers
     }
@@ -69,19 +92,25 @@ impl ProcessedStore for WitnessedStore {
 
     async fn record(&self, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
         let asked = self.now();
+        let recorded = |(lease, outcome): &(Lease, Outcome), answer| {
+            let (fence, outcome) = (lease.fence.get(), Ending::from(outcome));
+            What::Recorded { key: lease.key, asked, fence, outcome, answer }
+        };
         for (lease, outcome) in batch {
             let outcome = Ending::from(outcome);
             self.ledger.write(What::RecordAsked { key: lease.key, fence: lease.fence.get(), outcome });
         }
+        let unknown = batch.iter().map(|item| recorded(item, Recording::Unknown)).collect();
+        let mut unanswered = self.unanswered(unknown);
         let answers = self.inner.record(batch).await;
-        for (n, (lease, outcome)) in batch.iter().enumerate() {
+        unanswered.lines.clear();
+        for (n, item) in batch.iter().enumerate() {
             let answer = match &answers {
                 Ok(answers) => answers.get(n).map_or(Recording::Unknown, |answer| (*answer).into()),
                 Err(error) if leaves_open(error.kind()) => Recording::Unknown,
                 Err(_) => Recording::Refused,
             };
-            let (fence, outcome) = (lease.fence.get(), Ending::from(outcome));
-            self.ledger.write(What::Recorded { key: lease.key, asked, fence, outcome, answer });
+            self.ledger.write(recorded(item, answer));
         }
         answers
     }
