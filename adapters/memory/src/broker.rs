@@ -172,6 +172,16 @@ impl MemoryBroker {
         self.topic.lock().groups[self.group].dead_letters().collect()
     }
 
+    /// Takes the dead letters of this group out, oldest first, to keep them elsewhere: they make room for others and
+    /// can no longer be redriven from here.
+    pub fn take_dead_letters(&self) -> Vec<(Message, DeadLetter)> {
+        let mut state = self.topic.lock();
+        let group = &mut state.groups[self.group];
+        let taken = group.dead_letters().collect();
+        group.take_dead(|_, _| true);
+        taken
+    }
+
     /// Sends all dead letters of this group back to it, with their tokens; answers how many.
     pub fn redrive(&self) -> usize {
         self.redrive_where(|_, _| true)

@@ -394,6 +394,10 @@ impl Group {
 
 /// The message as a consumer with these limits reads it.
 fn within(entry: &Entry, limits: &MessageLimits) -> Arc<Message> {
+    // Its attributes and its nesting are inside the body, so only reading it again tells.
+    if let Some((headers, body)) = entry.wire.as_deref() {
+        return Arc::new(decode(headers.clone(), body.clone(), &Convention::MEMORY, limits));
+    }
     let (size, message) = (entry.size, &entry.message);
     let fits = size.body_bytes <= limits.body_max
         && size.headers <= limits.headers_max

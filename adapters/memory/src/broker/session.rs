@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use hapax::{Message, Origin, Receipt, Session, SessionState};
+use bytes::Bytes;
+use hapax::{Headers, Message, Origin, Receipt, Session, SessionState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -16,6 +17,8 @@ pub(super) struct Entry {
     /// Its number in the topic, from 1.
     pub(super) position: u64,
     pub(super) size: Size,
+    /// Headers and body as they travelled, where they are another form of the message: in structured mode.
+    pub(super) wire: Option<Arc<(Headers, Bytes)>>,
     /// Deliveries that count so far.
     pub(super) count: u32,
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hapax::{
-    Broker, DeadLetter, Delivery, ErrorKind, Limits, Message, MessageLimits, Reason, Receipt, SessionState, Settlement,
-    Want,
+    Broker, DeadLetter, DefectKind, Delivery, ErrorKind, Limits, Message, MessageLimits, Reason, Receipt, SessionState,
+    Settlement, Want,
 };
 use tokio::time::{Instant, timeout};
 
@@ -432,4 +432,37 @@ async fn a_seed_gives_one_order() {
     let mut sorted: Vec<u32> = one.split(' ').map(|id| id.parse().unwrap()).collect();
     sorted.sort_unstable();
     assert!(sorted.into_iter().eq(1..=100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_of_a_structured_document_are_those_of_what_travelled() {
+    let broker = MemoryBroker::new("orders");
+    let message = MessageLimits { body_max: 200, headers_max: 8, json_depth_max: 3, ..MessageLimits::DEFAULT };
+    broker.open(Limits { message, ..limits(8) }).await.unwrap();
+    let document = |more: &str| format!(r#"{{"specversion":"1.0","id":"1","source":"/s","type":"t",{more}}}"#);
+    for more in
+        [format!(r#""data":1{}"#, " ".repeat(200)), r#""a":1,"b":2,"c":3,"d":4"#.into(), r#""data":[[[[]]]]"#.into()]
+    {
+        let headers = [("content-type", "application/cloudevents+json")].into_iter().collect();
+        broker.publisher().send_wire(headers, document(&more)).await;
+        let got = receive(&broker).await;
+        let kind = got[0].message.defect().map(|defect| defect.kind);
+        assert_eq!(kind, Some(DefectKind::BeyondLimit), "{more}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn dead_letters_that_were_taken_make_room_and_do_not_come_back() {
+    let broker = opened(MemoryBroker::builder("orders").dead_letters_max(1).build()).await;
+    for id in 1..=2 {
+        broker.publisher().send(message(id)).await;
+    }
+    let got = receive(&broker).await;
+    settle(&broker, got[0].receipt, letter(None)).await.unwrap();
+    assert_eq!(settle(&broker, got[1].receipt, letter(None)).await, Err(ErrorKind::Full));
+    let taken = broker.take_dead_letters();
+    assert_eq!(taken[0].0.attributes.id.as_deref(), Some("1"));
+    assert_eq!(taken[0].1.reason, Reason::Permanent);
+    settle(&broker, got[1].receipt, letter(None)).await.unwrap();
+    assert_eq!(broker.redrive(), 1, "only the second is left");
 }

@@ -112,8 +112,8 @@ impl TopicState {
     fn number(&mut self, topic: &Topic, prepared: Prepared) -> Entry {
         self.position += 1;
         let origin = Origin { place: topic.name().into(), position: self.position.to_string().into() };
-        let Prepared { message, size } = prepared;
-        Entry { message, origin: Arc::new(origin), position: self.position, size, count: 0 }
+        let Prepared { message, size, wire } = prepared;
+        Entry { message, origin: Arc::new(origin), position: self.position, size, wire, count: 0 }
     }
 }
 
@@ -122,6 +122,7 @@ impl TopicState {
 pub(crate) struct Prepared {
     message: Arc<Message>,
     size: Size,
+    wire: Option<Arc<(Headers, Bytes)>>,
 }
 
 impl Prepared {
@@ -133,11 +134,12 @@ impl Prepared {
     /// What was not written by hapax, as it travelled.
     pub(crate) fn from_wire(headers: Headers, body: Bytes) -> Self {
         let (body_bytes, count, header_bytes) = (body.len(), headers.len(), headers.bytes());
+        let wire = is_structured(&headers).then(|| Arc::new((headers.clone(), body.clone())));
         let message = decode(headers, body, &Convention::MEMORY, &UNLIMITED);
         let length = |text: &Option<Box<str>>| text.as_deref().map_or(0, str::len);
         let id_bytes = length(&message.attributes.id).max(length(&message.attributes.source));
         let size = Size { body_bytes, headers: count, header_bytes, id_bytes, bytes: message.bytes() };
-        Self { message: Arc::new(message), size }
+        Self { message: Arc::new(message), size, wire }
     }
 
     fn sent_back(message: &Message, letter: &DeadLetter) -> Self {
@@ -148,4 +150,11 @@ impl Prepared {
         }
         Self::from_wire(headers, body)
     }
+}
+
+/// Whether the content type announces an event format: attributes and data are both inside the body.
+fn is_structured(headers: &Headers) -> bool {
+    const FORMATS: &str = "application/cloudevents";
+    let content_type = headers.get_str(Convention::MEMORY.content_type).unwrap_or_default();
+    content_type.trim_start().get(..FORMATS.len()).is_some_and(|start| start.eq_ignore_ascii_case(FORMATS))
 }
