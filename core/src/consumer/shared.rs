@@ -99,7 +99,8 @@ pub(super) struct Event {
     version: u32,
     pub(super) key: EventKey,
     fingerprint: Fingerprint,
-    ready: Option<Box<dyn Ready>>,
+    /// In a lock that is never taken, only opened by its owner: events need not be `Sync`, and a life must be `Send`.
+    ready: Mutex<Option<Box<dyn Ready>>>,
     /// Crashes in its history that were told to the observer.
     pub(super) crashes_seen: u32,
     /// The lease of a commit whose answer was lost.
@@ -288,7 +289,7 @@ impl Shared {
                 version,
                 key,
                 fingerprint: Fingerprint::of(message.attributes.content_type.as_deref(), &message.data),
-                ready: Some(ready),
+                ready: Mutex::new(Some(ready)),
                 crashes_seen: 0,
                 unknown: None,
             }),
@@ -625,7 +626,7 @@ impl Shared {
 impl Event {
     /// What the handler is started with; read again for another attempt.
     pub(super) fn take_ready(&mut self, shared: &Shared, delivery: &Delivery) -> Result<Box<dyn Ready>, Failure> {
-        if let Some(ready) = self.ready.take() {
+        if let Some(ready) = self.ready.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
             return Ok(ready);
         }
         let ty = delivery.message.attributes.ty.as_deref();
