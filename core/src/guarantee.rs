@@ -7,6 +7,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+#[cfg(test)]
+mod tests;
 pub(crate) mod windows;
 
 /// What holds for one handler. Later variants promise more.
@@ -125,8 +127,12 @@ impl Window {
             Self::FailedHalfway => "the steps before the failure repeat",
             Self::Forgotten => "the event runs again as if it were new",
             Self::StoreLoss => "what was processed runs again; two holders can believe that they hold one event",
-            Self::LastSecond => "what was processed in that second runs again",
-            Self::Failover => "what was processed just before runs again",
+            Self::LastSecond => {
+                "what was processed in that second runs again if it comes again, and rows written by on_tx are lost"
+            }
+            Self::Failover => {
+                "what was processed just before runs again if it comes again, and rows written by on_tx are lost"
+            }
             Self::KeyForgotten => "the callee takes a repeated call for a new one",
             Self::Overtaken => "an older event takes effect after a newer one",
             Self::DeadLetterOvertaken => "it takes effect after events that it should have preceded",

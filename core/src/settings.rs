@@ -56,7 +56,8 @@ impl fmt::Display for Order {
 pub struct Settings {
     /// Which deliveries run at once. Default: per key where the broker keeps an order, else unordered.
     pub order: Option<Order>,
-    /// Most handlers that run at once, and most claims held. Default [`CONCURRENCY`](Self::CONCURRENCY).
+    /// Most handlers that run at once, and most claims held. Default [`CONCURRENCY`](Self::CONCURRENCY), `in_flight_max`
+    /// where that is less.
     pub concurrency: usize,
     /// Most unsettled deliveries; less where the broker hands out less. Default [`IN_FLIGHT_MAX`](Self::IN_FLIGHT_MAX).
     pub in_flight_max: usize,
@@ -318,7 +319,14 @@ impl Bounds {
         self.check(name, (min..=max).contains(&value), &text(value), &text(min), &text(max));
     }
 
-    fn check(&mut self, name: &str, fits: bool, value: &dyn fmt::Display, min: &dyn fmt::Display, max: &dyn fmt::Display) {
+    fn check(
+        &mut self,
+        name: &str,
+        fits: bool,
+        value: &dyn fmt::Display,
+        min: &dyn fmt::Display,
+        max: &dyn fmt::Display,
+    ) {
         if !fits {
             self.0.push(Fault::new(
                 "setting-out-of-bounds",

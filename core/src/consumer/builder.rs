@@ -112,7 +112,11 @@ impl Consumer {
     /// A consumer called `name`, which is part of every record's key: change it, and every event is new.
     ///
     /// `broker` and `store` may be `Arc<dyn Broker>` and `Arc<dyn ProcessedStore>` too, chosen at run time.
-    pub fn builder<T: ProcessedStore>(name: impl Into<String>, broker: impl Broker, store: T) -> ConsumerBuilder<(), T> {
+    pub fn builder<T: ProcessedStore>(
+        name: impl Into<String>,
+        broker: impl Broker,
+        store: T,
+    ) -> ConsumerBuilder<(), T> {
         let choices = Choices {
             name: name.into(),
             broker: Arc::new(broker),
@@ -181,6 +185,7 @@ impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
     }
 
     /// A handler with settings of its own.
+    #[allow(clippy::should_implement_trait, reason = "adds a route; nobody adds builders")]
     pub fn add(mut self, route: Route<S, T>) -> Self {
         self.routes.push(route);
         self

@@ -99,7 +99,10 @@ fn store(facts: &Facts<'_>) -> Vec<Finding> {
     let (health, capabilities, settings) = (facts.health, facts.capabilities, facts.settings);
     let mut findings = Vec::new();
     if dies_before_the_broker(facts) {
-        let why = format!("{} keeps records as long as its process, {} keeps messages longer", health.name, capabilities.name);
+        let why = format!(
+            "{} keeps records as long as its process, {} keeps messages longer",
+            health.name, capabilities.name
+        );
         findings.push(finding(Window::StoreLoss, why));
     }
     if health.evicts {
@@ -163,13 +166,15 @@ fn broker(facts: &Facts<'_>) -> Vec<Finding> {
         findings.push(finding(Window::DeadLetterOvertaken, why));
     }
     if !capabilities.dead_letter_in_one_step {
-        let why = format!("{} sets aside and acks in two steps; a crash between them repeats the first", capabilities.name);
+        let why =
+            format!("{} sets aside and acks in two steps; a crash between them repeats the first", capabilities.name);
         findings.push(finding(Window::DeadLetterTwice, why));
     }
     if let Some(most) = capabilities.deliveries_max {
         let attempts = facts.routes.iter().filter_map(|route| route.retry.as_ref()).map(RetryPolicy::attempts).max();
         let needed = u64::from(attempts.unwrap_or(1)) + u64::from(settings.crashes_max);
-        let found = finding(Window::BrokerLimit, format!("{} takes a message away after {most} deliveries", capabilities.name));
+        let found =
+            finding(Window::BrokerLimit, format!("{} takes a message away after {most} deliveries", capabilities.name));
         findings.push(if u64::from(most) >= needed {
             found
         } else {
@@ -196,7 +201,10 @@ fn handler(facts: &Facts<'_>, route: &RouteInfo) -> Vec<Finding> {
     }
     let Effects::Keyed(kept) = route.effects else {
         return vec![
-            finding(Window::CrashAfterEffect, "the effect is not in the store's transaction and carries no declared key"),
+            finding(
+                Window::CrashAfterEffect,
+                "the effect is not in the store's transaction and carries no declared key",
+            ),
             finding(Window::LeaseLost, "no fence is declared to be checked where the effect takes place"),
             finding(Window::FailedHalfway, "steps are not declared to carry keys"),
         ];
@@ -229,7 +237,11 @@ fn handler(facts: &Facts<'_>, route: &RouteInfo) -> Vec<Finding> {
             Some(horizon) => format!("for {}", text(horizon)),
             None => "without a bound".to_owned(),
         };
-        let why = format!("keys are kept for {}; after an outage {} delivers again {back}", text(kept), facts.capabilities.name);
+        let why = format!(
+            "keys are kept for {}; after an outage {} delivers again {back}",
+            text(kept),
+            facts.capabilities.name
+        );
         return vec![finding(Window::KeyForgotten, why)];
     }
     Vec::new()

@@ -11,6 +11,7 @@ use crate::fault::Fault;
 use crate::guarantee::windows::{code, text};
 use crate::guarantee::{Guarantee, Level};
 use crate::identity::IdFrom;
+use crate::retry::RetryPolicy;
 use crate::settings::Settings;
 use crate::store::StoreHealth;
 
@@ -22,7 +23,7 @@ pub(super) fn choices(choices: &Choices) -> Vec<Fault> {
     let settings = &choices.settings;
     let mut faults = settings.faults();
     faults.extend(name(&choices.name));
-    if settings.in_flight_max < settings.concurrency {
+    if settings.in_flight_max < settings.concurrency && settings.concurrency != Settings::CONCURRENCY {
         faults.push(Fault::new(
             "concurrency-beyond-in-flight",
             format!("concurrency is {}, in_flight_max is {}", settings.concurrency, settings.in_flight_max),
@@ -40,7 +41,7 @@ pub(super) fn choices(choices: &Choices) -> Vec<Fault> {
         ));
     }
     if let Some(retry) = &choices.retry {
-        faults.extend(retry.faults().into_iter().map(|text| policy(".retry(..)", text)));
+        faults.extend(retry.faults().into_iter().map(|text| policy(".retry(..)", &text)));
         if !settings.retry_is_default() {
             faults.push(Fault::new(
                 "retry-twice",
@@ -53,7 +54,7 @@ pub(super) fn choices(choices: &Choices) -> Vec<Fault> {
     faults
 }
 
-fn policy(whose: &str, text: String) -> Fault {
+fn policy(whose: &str, text: &str) -> Fault {
     let why = "such a policy never tries, or never ends";
     Fault::new("retry-invalid", format!("{whose}: {text}"), why, "RetryPolicy::default() and its methods")
 }
@@ -65,7 +66,10 @@ fn name(name: &str) -> Option<Fault> {
     }
     Some(Fault::new(
         "name-invalid",
-        format!("the name {:?} is not 1 to {NAME_MAX} of A-Z a-z 0-9 _ . : -", name.chars().take(NAME_MAX).collect::<String>()),
+        format!(
+            "the name {:?} is not 1 to {NAME_MAX} of A-Z a-z 0-9 _ . : -",
+            name.chars().take(NAME_MAX).collect::<String>()
+        ),
         "it is part of every record's key and of names at the broker, for good",
         "Consumer::builder(\"billing\", broker, store)",
     ))
@@ -129,7 +133,7 @@ fn event_type(info: &RouteInfo) -> Option<Fault> {
 fn own_settings(info: &RouteInfo) -> Vec<Fault> {
     let whose = format!("Route::on(..).retry(..) of {}", info.name());
     let policies = info.retry.iter().flat_map(|retry| retry.faults());
-    let mut faults: Vec<_> = policies.map(|text| policy(&whose, text)).collect();
+    let mut faults: Vec<_> = policies.map(|text| policy(&whose, &text)).collect();
     let alone = Settings { timeout: info.timeout, ..Settings::default() };
     faults.extend(alone.faults().into_iter().map(|fault| {
         let what = format!("Route::on(..) of {}: {}", info.name(), fault.what);
@@ -167,17 +171,17 @@ fn lifts(infos: &[RouteInfo], upcasts: &[Upcast]) -> Vec<Fault> {
         }
     }
     let handled = |ty: &str| infos.iter().find_map(|info| info.event.filter(|(own, _)| *own == ty));
-    for (&(ty, from), &to) in &steps {
-        let mut end = to;
-        while let Some(&next) = steps.get(&(ty, end)) {
+    for &(ty, from) in steps.keys() {
+        let newest = handled(ty).map(|(_, version)| version);
+        let mut end = from;
+        while let Some(&next) = steps.get(&(ty, end)).filter(|_| end == from || Some(end) != newest) {
             end = next;
         }
-        // A step of the chain is judged where the chain begins; its own end is the same.
-        if handled(ty).is_none_or(|(_, version)| version != end) {
-            let newest = handled(ty).map_or("no handler".to_owned(), |(_, version)| format!("a handler for v{version}"));
+        if newest != Some(end) {
+            let there = newest.map_or("no handler".to_owned(), |version| format!("a handler for v{version}"));
             faults.push(Fault::new(
                 "upcast-leads-nowhere",
-                format!("upcasts lift {ty} v{from} to v{end}, but there is {newest}"),
+                format!("upcasts lift {ty} v{from} to v{end}, but there is {there}"),
                 "what was lifted would find no handler and go to the dead letters",
                 "the missing step as .upcast::<..>(), or a handler for that version",
             ));
@@ -250,7 +254,12 @@ pub(super) fn transactions(
             let Some(timeout) = info.timeout.or(settings.timeout).filter(|timeout| *timeout > most) else { continue };
             faults.push(Fault::new(
                 "tx-timeout-beyond-lease",
-                format!("the timeout of {} is {}, two thirds of the lease are {}", info.name(), text(timeout), text(most)),
+                format!(
+                    "the timeout of {} is {}, two thirds of the lease are {}",
+                    info.name(),
+                    text(timeout),
+                    text(most)
+                ),
                 format!(
                     "while its transaction is open {} writes nothing else, renewals included: the leases of others end",
                     health.name
@@ -269,7 +278,10 @@ pub(super) fn limits(plan: &Plan) -> Vec<Fault> {
     if let Some(most) = capabilities.unsettled_max.filter(|most| *most < settings.concurrency) {
         faults.push(Fault::new(
             "concurrency-beyond-broker",
-            format!("concurrency is {}, but {} hands out {most} deliveries at once", settings.concurrency, capabilities.name),
+            format!(
+                "concurrency is {}, but {} hands out {most} deliveries at once",
+                settings.concurrency, capabilities.name
+            ),
             "so many handlers can never run",
             format!(".concurrency({most}), or more unsettled deliveries at the broker"),
         ));
@@ -282,12 +294,20 @@ pub(super) fn limits(plan: &Plan) -> Vec<Fault> {
         if plan.in_place && exceeds(settings.hold) {
             faults.push(Fault::new(
                 "retry-overtaken",
-                format!("order is per key, and {name} can wait {}: longer than hold = {}", text(longest), text(settings.hold)),
+                format!(
+                    "order is per key, and {name} can wait {}: longer than hold = {}",
+                    text(longest),
+                    text(settings.hold)
+                ),
                 format!(
                     "a longer delay is spent at the broker, and {} would deliver later events of the key before it",
                     capabilities.name
                 ),
-                format!(".delay_max({}), or .hold({}), or .order(Order::Unordered)", fitting(settings.hold), code(longest)),
+                format!(
+                    ".delay_max({}), or .hold({}), or .order(Order::Unordered)",
+                    fitting(settings.hold),
+                    code(longest)
+                ),
             ));
         } else if !plan.in_place && exceeds(settings.hold) && exceeds(capabilities.retry_max) {
             faults.push(Fault::new(
@@ -331,7 +351,7 @@ pub(super) fn limits(plan: &Plan) -> Vec<Fault> {
 }
 
 /// Each retry policy once: the consumer's, and handlers' own.
-fn delays(plan: &Plan) -> Vec<(String, &crate::retry::RetryPolicy)> {
+fn delays(plan: &Plan) -> Vec<(String, &RetryPolicy)> {
     let mut all = vec![("a retry".to_owned(), &plan.retry)];
     for info in &plan.infos {
         if let Some(retry) = info.retry.as_ref().filter(|retry| **retry != plan.retry) {

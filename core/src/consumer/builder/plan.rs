@@ -54,13 +54,16 @@ impl Plan {
             ));
         }
         let retry = retry.cloned().unwrap_or_else(|| settings.retry_policy(delay_max));
-        // A default gives way to what was set; what was set is checked.
-        if settings.call_timeout == Settings::CALL_TIMEOUT {
-            settings.call_timeout = settings.call_timeout.min(settings.lease / 3);
-        }
         if let Some(most) = capabilities.unsettled_max.filter(|most| *most < settings.in_flight_max) {
             notes.push(format!("in_flight_max is {most}: {} hands out no more", capabilities.name));
             settings.in_flight_max = most;
+        }
+        // Defaults give way to what was set; what was set is checked.
+        if settings.call_timeout == Settings::CALL_TIMEOUT {
+            settings.call_timeout = settings.call_timeout.min(settings.lease / 3);
+        }
+        if settings.concurrency == Settings::CONCURRENCY {
+            settings.concurrency = settings.concurrency.min(settings.in_flight_max);
         }
         let transactions_max = transactions_max(&settings, &health, &infos, &mut notes);
         let timeout = settings.timeout.unwrap_or(Settings::TIMEOUT);
@@ -74,7 +77,9 @@ impl Plan {
             info.retry.get_or_insert_with(|| retry.clone());
         }
         if extractors.contains(&IdFrom::BodyHash) {
-            notes.push("IdFrom::BodyHash: two events with equal data are one event, and the second has no effect".into());
+            notes.push(
+                "IdFrom::BodyHash: two events with equal data are one event, and the second has no effect".into(),
+            );
         }
         Self { capabilities, health, settings, order, in_place, timeout, retry, transactions_max, infos, notes }
     }
@@ -95,9 +100,9 @@ pub(super) fn blocking_timeout(lease: Duration) -> Duration {
 pub(super) fn limits(settings: &Settings, retry: Option<&RetryPolicy>, infos: &[RouteInfo]) -> Limits {
     let timeout = settings.timeout.unwrap_or(Settings::TIMEOUT);
     let retry = retry.cloned().unwrap_or_else(|| settings.retry_policy(Settings::DELAY_MAX));
-    let each = infos.iter().map(|info| {
-        held(info.retry.as_ref().unwrap_or(&retry), info.timeout.unwrap_or(timeout), settings.hold, true)
-    });
+    let each = infos
+        .iter()
+        .map(|info| held(info.retry.as_ref().unwrap_or(&retry), info.timeout.unwrap_or(timeout), settings.hold, true));
     Limits {
         events: settings.in_flight_max.max(1),
         bytes: settings.in_flight_bytes_max.max(1),
@@ -112,7 +117,8 @@ fn held(retry: &RetryPolicy, timeout: Duration, hold: Duration, in_place: bool) 
     // More attempts than the bound of attempts_max are a fault of their own.
     for attempt in 1..retry.attempts().min(1_000) {
         let delay = retry.delay(attempt, "", 1.0);
-        stretch = if in_place || delay <= hold { stretch.saturating_add(delay).saturating_add(timeout) } else { timeout };
+        stretch =
+            if in_place || delay <= hold { stretch.saturating_add(delay).saturating_add(timeout) } else { timeout };
         longest = longest.max(stretch);
     }
     longest
@@ -147,7 +153,10 @@ fn transactions_max(settings: &Settings, health: &StoreHealth, infos: &[RouteInf
     if is_used && health.transactions_block_writes {
         notes.push(format!("transactional handlers run one at a time: {} has one writer", health.name));
     } else if is_used && most < settings.concurrency {
-        notes.push(format!("at most {most} transactional handlers run at once: the pool of {} is that small", health.name));
+        notes.push(format!(
+            "at most {most} transactional handlers run at once: the pool of {} is that small",
+            health.name
+        ));
     }
     most
 }
