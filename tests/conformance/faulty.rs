@@ -21,7 +21,7 @@ fn key(id: u32) -> EventKey {
 async fn store(faults: Faults) -> (FaultyStore, FaultSwitch, hapax::ConsumerId) {
     let switch = faults.switch();
     let store = FaultyStore::new(Arc::new(MemoryStore::new()), switch.clone());
-    let consumer = store.open("billing", Duration::from_secs(3600)).await.unwrap();
+    let consumer = store.open("billing", Duration::from_secs(3600)).await.expect("the store opens");
     (store, switch, consumer)
 }
 
@@ -45,7 +45,7 @@ async fn broker(faults: Faults, messages: u32) -> (FaultyBroker, FaultSwitch) {
     let broker = FaultyBroker::new(Arc::new(topic), switch.clone()).duplicating(Arc::new(publisher));
     let hour = Duration::from_secs(3600);
     let limits = Limits { events: 99, bytes: 1 << 20, held_max: hour, drain: hour, message: MessageLimits::DEFAULT };
-    broker.open(limits).await.unwrap();
+    broker.open(limits).await.expect("the broker opens");
     (broker, switch)
 }
 

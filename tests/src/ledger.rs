@@ -5,6 +5,7 @@
 //! too. The [checkers](crate::checkers) read the history. Kinds and fields follow section "History format" of the
 //! project's semantics: the same schema in simulation and against real brokers, one JSON object a line.
 
+mod answer;
 mod entry;
 mod witness;
 
@@ -14,8 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use hapax::EventKey;
 use tokio::time::Instant;
 
+pub use answer::{Answer, Ending, Recording, Renewing, Settling};
 pub(crate) use entry::Terminal;
-pub use entry::{Answer, Ending, Entry, Recording, Renewing, Settling, What};
+pub use entry::{Entry, What};
 pub use witness::{WitnessedBroker, WitnessedStore};
 
 /// A handle on one history. Clones write to the same one; [`of`](Self::of) says who writes.

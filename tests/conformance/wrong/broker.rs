@@ -1,6 +1,6 @@
 //! The memory broker behind a wrapper that builds one fault in at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
@@ -129,6 +129,7 @@ struct WrongBroker {
     closed: AtomicBool,
     seen: AtomicU64,
     held: Mutex<BTreeMap<Receipt, Arc<Message>>>,
+    settled: Mutex<BTreeSet<Receipt>>,
 }
 
 impl WrongBroker {
@@ -194,7 +195,7 @@ impl WrongBroker {
         let released = matches!(settlement, Settlement::Release { .. });
         let answer = self.inner.settle(&[(receipt, settlement)]).await.remove(0);
         if let Some(message) = message {
-            let settled_again = self.seen.fetch_add(1, Ordering::Relaxed) % 5 != 0;
+            let settled_again = !self.settled.lock().expect("nobody panics while holding the receipts").insert(receipt);
             if (self.wrong == Wrong::KeepsDeadLettered && dead)
                 || (self.wrong == Wrong::DuplicateSettle && released && settled_again)
             {
@@ -317,6 +318,7 @@ impl BrokerFixture for WrongTopic {
             closed: AtomicBool::default(),
             seen: AtomicU64::default(),
             held: Mutex::default(),
+            settled: Mutex::default(),
         };
         if self.wrong == Wrong::DeliversUnopened {
             let hour = Duration::from_secs(3600);

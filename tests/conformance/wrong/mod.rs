@@ -12,14 +12,15 @@ use std::time::Duration;
 use hapax_testkit::conformance::{Case, Clock};
 
 /// Runs a case by itself and says whether it passed. The clock is paused: a case that hangs has failed at once.
-fn passes<F: Send + Sync + 'static>(case: Case<F>, fixture: F) -> bool {
+fn passes<F: Send + Sync + 'static>(case: &Case<F>, fixture: F) -> bool {
+    let case = case.run;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
         .build()
         .expect("a runtime can be built");
     runtime.block_on(async {
-        let run = tokio::spawn(async move { (case.run)(&fixture).await });
+        let run = tokio::spawn(async move { case(&fixture).await });
         matches!(tokio::time::timeout(Duration::from_secs(300), run).await, Ok(Ok(())))
     })
 }
@@ -41,8 +42,7 @@ impl<W: Copy + std::fmt::Debug, F: Send + Sync + 'static> Table<W, F> {
 
     fn every_case_passes_on_the_right_back_end(&self) {
         for case in (self.cases)() {
-            let name = case.name;
-            assert!(passes(case, (self.fixture)(self.right)), "{name} fails on the right back end");
+            assert!(passes(&case, (self.fixture)(self.right)), "{case:?} fails on the right back end");
         }
     }
 
@@ -50,7 +50,7 @@ impl<W: Copy + std::fmt::Debug, F: Send + Sync + 'static> Table<W, F> {
         let mut broken = BTreeSet::new();
         for (wrong, cases) in self.wrong {
             for name in *cases {
-                assert!(!passes(self.case(name), (self.fixture)(*wrong)), "{name} passes on {wrong:?}");
+                assert!(!passes(&self.case(name), (self.fixture)(*wrong)), "{name} passes on {wrong:?}");
                 broken.insert(*name);
             }
         }
@@ -62,3 +62,9 @@ impl<W: Copy + std::fmt::Debug, F: Send + Sync + 'static> Table<W, F> {
 
 const CLOCK: Clock = Clock::Paused;
 const UNIT: Duration = Duration::from_millis(100);
+
+#[test]
+#[should_panic(expected = "a_case: not done after")]
+fn a_case_that_hangs_fails_with_its_name() {
+    hapax_testkit::conformance::run("a_case", CLOCK, std::future::pending());
+}

@@ -153,10 +153,10 @@ pub fn conflict_never_runs(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::Delivered { receipt, fingerprint, .. } => {
                 delivered.insert((entry.worker, entry.incarnation, *receipt), *fingerprint);
             }
-            What::Claimed { key, fingerprint, answer: Answer::Granted { .. }, .. } => {
-                if !known.entry(*key).or_insert(*fingerprint).agrees(*fingerprint) {
-                    found.add(entry, "other data was granted");
-                }
+            What::Claimed { key, fingerprint, answer: Answer::Granted { .. }, .. }
+                if !known.entry(*key).or_insert(*fingerprint).agrees(*fingerprint) =>
+            {
+                found.add(entry, "other data was granted");
             }
             What::SettleAsked { key: Some(key), receipt, settlement: Settling::Ack } => {
                 let fingerprint = delivered.get(&(entry.worker, entry.incarnation, *receipt));

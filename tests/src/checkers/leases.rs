@@ -37,10 +37,10 @@ pub fn one_live_lease(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 }
             }
             // It may end from here on, whatever is answered. Doomed keeps the lease.
-            What::RecordAsked { key, fence, outcome } if *outcome != Ending::Doomed => {
-                if live.get(key).is_some_and(|(holder, _)| holder == fence) {
-                    live.remove(key);
-                }
+            What::RecordAsked { key, fence, outcome }
+                if *outcome != Ending::Doomed && live.get(key).is_some_and(|(holder, _)| holder == fence) =>
+            {
+                live.remove(key);
             }
             What::Forgotten { key } => {
                 live.remove(key);

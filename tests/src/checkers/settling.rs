@@ -89,10 +89,12 @@ pub fn no_settle_when_fenced(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::Claimed { key, answer, .. } if !matches!(answer, Answer::Unknown | Answer::Refused) => {
                 lost.remove(&(entry.worker, *key));
             }
-            What::SettleAsked { key: Some(key), settlement, .. } if *settlement != Settling::Release => {
-                if lost.contains(&(entry.worker, *key)) && hands.holds_one(entry.worker, *key) {
-                    found.add(entry, format!("{settlement:?} by a worker that had lost it"));
-                }
+            What::SettleAsked { key: Some(key), settlement, .. }
+                if *settlement != Settling::Release
+                    && lost.contains(&(entry.worker, *key))
+                    && hands.holds_one(entry.worker, *key) =>
+            {
+                found.add(entry, format!("{settlement:?} by a worker that had lost it"));
             }
             What::Crashed => lost.retain(|(worker, _)| *worker != entry.worker),
             _ => {}
@@ -117,10 +119,10 @@ pub fn unknown_is_unknown(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::Claimed { key, answer, .. } if !matches!(answer, Answer::Unknown | Answer::Refused) => {
                 open.remove(&(entry.worker, *key));
             }
-            What::SettleAsked { key: Some(key), settlement: Settling::Ack, .. } => {
-                if open.contains(&(entry.worker, *key)) && hands.holds_one(entry.worker, *key) {
-                    found.add(entry, "acked although the record's outcome is unknown");
-                }
+            What::SettleAsked { key: Some(key), settlement: Settling::Ack, .. }
+                if open.contains(&(entry.worker, *key)) && hands.holds_one(entry.worker, *key) =>
+            {
+                found.add(entry, "acked although the record's outcome is unknown");
             }
             What::Crashed => open.retain(|(worker, _)| *worker != entry.worker),
             _ => {}
@@ -136,10 +138,10 @@ pub fn settle_once(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut done = BTreeSet::new();
     for entry in history {
         match &entry.what {
-            What::SettleAsked { receipt, settlement, .. } => {
-                if done.contains(&(entry.worker, entry.incarnation, *receipt)) {
-                    found.add(entry, format!("{settlement:?} of a delivery that was settled"));
-                }
+            What::SettleAsked { receipt, settlement, .. }
+                if done.contains(&(entry.worker, entry.incarnation, *receipt)) =>
+            {
+                found.add(entry, format!("{settlement:?} of a delivery that was settled"));
             }
             What::Settled { receipt, ok: true, .. } => {
                 done.insert((entry.worker, entry.incarnation, *receipt));
@@ -160,10 +162,10 @@ pub fn settle_on_own_session(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 delivered.insert((entry.worker, entry.incarnation, *receipt));
             }
             // Deliveries without an id are not in the history.
-            What::SettleAsked { key: Some(_), receipt, .. } => {
-                if !delivered.contains(&(entry.worker, entry.incarnation, *receipt)) {
-                    found.add(entry, format!("{receipt:?} was not delivered to this worker"));
-                }
+            What::SettleAsked { key: Some(_), receipt, .. }
+                if !delivered.contains(&(entry.worker, entry.incarnation, *receipt)) =>
+            {
+                found.add(entry, format!("{receipt:?} was not delivered to this worker"));
             }
             _ => {}
         }

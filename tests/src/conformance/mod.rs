@@ -113,7 +113,7 @@ macro_rules! conformance_tests {
 /// The broker suite: one `#[test]` for each case. Takes an expression that makes a fresh [`BrokerFixture`] (it may
 /// await), and a module's name before it where a file has several.
 ///
-/// ```ignore
+/// ```text
 /// hapax_testkit::broker_conformance!(MemoryTopic::fresh());
 /// hapax_testkit::broker_conformance!(quorum_queues, Rabbit::fresh(Queue::Quorum).await);
 /// ```

@@ -11,7 +11,7 @@ use hapax::{
     ProcessedStore, Receipt, Recorded, Renewal, Result, Settlement, StoreHealth, Want,
 };
 
-use super::entry::{Answer, Ending, Recording, Renewing, Settling, leaves_open};
+use super::answer::{Answer, Ending, Recording, Renewing, Settling, leaves_open};
 use super::{Ledger, What};
 
 /// A store whose calls and answers are written down. Put it outside of a faulty store to see what the worker saw.
