@@ -16,9 +16,28 @@ CREATE TABLE hapax_consumer (
     retention INTEGER NOT NULL
 ) STRICT;
 
--- state: 0 claimed, 1 waiting, 2 doomed, 3 processed, 4 dead-lettered.
--- time: end of the lease (0, 2), when the next attempt is due (1), when it ended (3, 4); microseconds since 1970.
--- What a state does not need is NULL: token but for 0 and 2, first for 3 and 4, reason but for 2 and 4.
+-- Events under way: claimed (0), waiting for their next attempt (1), doomed (2). Few rows, often rewritten.
+-- time: end of the lease (0, 2) or when the next attempt is due (1); first: the first claim; both in microseconds since
+-- 1970. doomed: the fence under which it was doomed. What a state does not need is NULL.
+CREATE TABLE hapax_open (
+    consumer INTEGER NOT NULL,
+    key BLOB NOT NULL,
+    state INTEGER NOT NULL,
+    time INTEGER NOT NULL,
+    fence INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    crashes INTEGER NOT NULL,
+    fingerprint BLOB NOT NULL,
+    reason TEXT,
+    doomed INTEGER,
+    trouble_id TEXT,
+    trouble_error TEXT,
+    token BLOB,
+    first INTEGER,
+    PRIMARY KEY (consumer, key)
+) STRICT, WITHOUT ROWID;
+
+-- What ended: processed (3), dead-lettered (4), and when. Many small rows, written once. An event is in one of the two.
 CREATE TABLE hapax_record (
     consumer INTEGER NOT NULL,
     key BLOB NOT NULL,
@@ -28,9 +47,8 @@ CREATE TABLE hapax_record (
     attempt INTEGER NOT NULL,
     crashes INTEGER NOT NULL,
     fingerprint BLOB NOT NULL,
-    token BLOB,
-    first INTEGER,
     reason TEXT,
+    doomed INTEGER,
     trouble_id TEXT,
     trouble_error TEXT,
     PRIMARY KEY (consumer, key)

@@ -22,7 +22,7 @@ pub(crate) struct Batch {
 impl Batch {
     /// Wants one more record; before [`load`](Self::load).
     pub(crate) fn want(&mut self, id: Id) {
-        self.slots.entry(id).or_insert(Slot { record: Ok(None), changed: false });
+        self.slots.entry(id).or_insert_with(Slot::empty);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -45,9 +45,9 @@ impl Batch {
         frame: Frame,
     ) -> Result<Vec<Claim>, Fault> {
         self.check(requests.iter().map(|request| (request.consumer, request.key)), frame)?;
-        let answers = requests.iter().map(|request| {
-            self.apply((request.consumer, request.key), |slot| claim(slot, request, lease, now, frame))
-        });
+        let answers = requests
+            .iter()
+            .map(|request| self.apply((request.consumer, request.key), |slot| claim(slot, request, lease, now, frame)));
         answers.collect()
     }
 
@@ -59,9 +59,9 @@ impl Batch {
         frame: Frame,
     ) -> Result<Vec<Renewal>, Fault> {
         self.check(leases.iter().map(|held| (held.consumer, held.key)), frame)?;
-        let answers = leases.iter().map(|held| {
-            self.apply((held.consumer, held.key), |slot| record::renew(slot, held, lease, now))
-        });
+        let answers = leases
+            .iter()
+            .map(|held| self.apply((held.consumer, held.key), |slot| record::renew(slot, held, lease, now)));
         answers.collect()
     }
 
@@ -92,7 +92,7 @@ impl Batch {
     }
 
     fn apply<T>(&mut self, id: Id, step: impl FnOnce(&mut Option<Record>) -> T) -> Result<T, Fault> {
-        let Some(Slot { record: Ok(record), changed }) = self.slots.get_mut(&id) else {
+        let Some(Slot { record: Ok(record), changed, .. }) = self.slots.get_mut(&id) else {
             return Err(Fault::new(ErrorKind::Internal, "a record was not loaded"));
         };
         let before = record.clone();

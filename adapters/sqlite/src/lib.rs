@@ -6,6 +6,7 @@ mod error;
 mod precheck;
 mod rows;
 mod schema;
+mod statements;
 mod store;
 mod sweep;
 mod tx;

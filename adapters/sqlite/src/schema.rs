@@ -101,7 +101,7 @@ async fn expected(version: u32) -> Result<Shape, Fault> {
 async fn shape(connection: &mut SqliteConnection) -> Result<Shape, Fault> {
     let ours = "SELECT lower(m.name), m.type, m.sql, lower(c.name), upper(c.type), c.\"notnull\", c.pk \
         FROM sqlite_schema m LEFT JOIN pragma_table_xinfo(m.name) c \
-        WHERE lower(m.name) IN ('hapax_meta', 'hapax_consumer', 'hapax_record')";
+        WHERE lower(m.name) IN ('hapax_meta', 'hapax_consumer', 'hapax_open', 'hapax_record')";
     let mut shape = Shape::new();
     for row in sqlx::query(ours).fetch_all(connection).await? {
         let table: &mut Table = shape.entry(row.try_get(0)?).or_default();

@@ -32,6 +32,9 @@ pub const POOL_CONNECTIONS_MAX: NonZeroU32 = NonZeroU32::new(4).expect("four is 
 /// Pages in the WAL (of 4 KiB by default) after which a commit moves them into the database.
 const CHECKPOINT_PAGES: u32 = 4000;
 
+/// Page cache of the writer: 32 MiB, in SQLite's way of saying it.
+const WRITER_CACHE: &str = "-32768";
+
 /// The store's clock.
 pub(crate) type Clock = Arc<dyn Fn() -> Moment + Send + Sync>;
 
@@ -103,14 +106,17 @@ impl SqliteStoreBuilder {
         let patience = Patience::new(self.busy_timeout);
         // Own connections wait in slices, so that waiting can be given up and shared fairly.
         let own = options.clone().busy_timeout(self.busy_timeout.min(BUSY_SLICE)).row_buffer_size(1024);
-        let connection = prepare(&own, patience).await.map_err(|fault| fault.at_open(&path))?;
+        // SQLite keeps what a statement of many rows would undo: in memory, not in a file for each batch.
+        let writing = own.clone().pragma("temp_store", "MEMORY").pragma("cache_size", WRITER_CACHE);
+        let connection = prepare(&writing, patience).await.map_err(|fault| fault.at_open(&path))?;
         let pool = SqlitePoolOptions::new().max_connections(self.pool_connections_max.get()).connect_lazy_with(options);
-        Ok(self.start(&own, pool, connection, patience))
+        Ok(self.start(writing, own, pool, connection, patience))
     }
 
     fn start(
         self,
-        own: &SqliteConnectOptions,
+        writing: SqliteConnectOptions,
+        lending: SqliteConnectOptions,
         pool: SqlitePool,
         connection: SqliteConnection,
         patience: Patience,
@@ -118,7 +124,7 @@ impl SqliteStoreBuilder {
         let lock = Arc::new(Semaphore::new(1));
         let sweep_fault = Arc::new(Mutex::new(None));
         let writer = Writer {
-            options: own.clone(),
+            options: writing,
             connection: Some(connection),
             lock: Arc::clone(&lock),
             patience,
@@ -131,7 +137,7 @@ impl SqliteStoreBuilder {
         SqliteStore(Arc::new(Inner {
             calls,
             writer: Mutex::new(Some(writer)),
-            lender: Lender::new(own.clone(), lock, patience),
+            lender: Lender::new(lending, lock, patience),
             pool,
             clock: self.clock,
             durability: match self.synchronous {
@@ -157,7 +163,8 @@ impl fmt::Debug for SqliteStoreBuilder {
 /// An absolute path, so that SQLite takes no part of it for a URI.
 fn absolute(path: &Path) -> std::result::Result<PathBuf, Fault> {
     if path.as_os_str().is_empty() || path.as_os_str() == ":memory:" {
-        let text = "a database in memory cannot be shared by the store's connections: give a file, or take hapax-memory";
+        let text =
+            "a database in memory cannot be shared by the store's connections: give a file, or take hapax-memory";
         return Err(Fault::configuration(text));
     }
     if path.to_str().is_none() {

@@ -6,7 +6,8 @@
 //! than what is retained. An index would cost every record more bytes and another random page for each write.
 
 use hapax::record::Moment;
-use sqlx::{Row, SqliteConnection};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection, SqlitePool};
 
 use crate::error::Fault;
 use crate::rows::{Id, integer};
@@ -17,6 +18,19 @@ const WALKED_PER_RECORD: usize = 4;
 const STEP_MIN: usize = 256;
 /// Most rows of one step, and most records that one step removes.
 pub(crate) const STEP_MAX: usize = 2048;
+
+/// Which table is walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    /// What ended.
+    Ended,
+    /// What is under way: of it, what has been doomed for as long as the retention is removed.
+    Open,
+}
+
+impl Table {
+    pub(crate) const ALL: [Self; 2] = [Self::Ended, Self::Open];
+}
 
 /// A place in the primary key. Keys that are none of ours are places too.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,23 +47,28 @@ impl Place {
     pub(crate) fn end() -> Self {
         Self { consumer: i64::MAX, key: vec![0xff; 17] }
     }
-
-    pub(crate) fn of((consumer, key): Id) -> Self {
-        Self { consumer: i64::from(consumer.0), key: key.0.to_vec() }
-    }
 }
 
+macro_rules! ahead {
+    ($table:literal) => {
+        concat!(
+            "SELECT consumer, key FROM ",
+            $table,
+            " WHERE (consumer, key) > (?, ?) ORDER BY consumer, key LIMIT 1 OFFSET ?"
+        )
+    };
+}
 /// The walk of one writer. Where it stands is not stored: it begins anywhere.
 #[derive(Debug)]
 pub(crate) struct Rolling {
-    at: Place,
+    at: [Place; 2],
     owed: usize,
 }
 
 impl Rolling {
     pub(crate) fn new() -> Self {
-        let consumer = 1;
-        Self { at: Place { consumer, key: fastrand::u128(..).to_be_bytes().to_vec() }, owed: 0 }
+        let anywhere = || Place { consumer: 1, key: fastrand::u128(..).to_be_bytes().to_vec() };
+        Self { at: [anywhere(), anywhere()], owed: 0 }
     }
 
     /// Counts what was recorded and says whether a step is due.
@@ -59,90 +78,111 @@ impl Rolling {
     }
 
     /// Walks on by what is owed, inside the open transaction.
-    pub(crate) async fn step(&mut self, connection: &mut SqliteConnection, now: Moment) -> Result<u64, Fault> {
-        let rows = self.owed.min(STEP_MAX);
+    pub(crate) async fn step(&mut self, connection: &mut SqliteConnection, now: Moment) -> Result<(), Fault> {
+        let rows = i64::try_from(self.owed.min(STEP_MAX)).unwrap_or(i64::MAX);
         // Also when it fails: the next try comes with later records.
         self.owed = 0;
-        let ahead = "SELECT consumer, key FROM hapax_record WHERE (consumer, key) > (?, ?) \
-            ORDER BY consumer, key LIMIT 1 OFFSET ?";
-        let ahead = sqlx::query(ahead).bind(self.at.consumer).bind(self.at.key.clone()).bind(i64::try_from(rows).ok());
-        let to = match ahead.fetch_optional(&mut *connection).await? {
-            Some(row) => Place { consumer: row.try_get(0)?, key: row.try_get(1)? },
-            None => Place::end(),
-        };
-        let removed = remove_between(connection, &self.at, &to, now).await?;
-        self.at = if to == Place::end() { Place::start() } else { to };
-        Ok(removed)
+        for (table, at) in Table::ALL.into_iter().zip(&mut self.at) {
+            let ahead = sqlx::query(match table {
+                Table::Ended => ahead!("hapax_record"),
+                Table::Open => ahead!("hapax_open"),
+            });
+            let ahead = ahead.bind(at.consumer).bind(at.key.clone()).bind(rows);
+            let to = match ahead.fetch_optional(&mut *connection).await? {
+                Some(row) => Place { consumer: row.try_get(0)?, key: row.try_get(1)? },
+                None => Place::end(),
+            };
+            remove_between(connection, table, at, &to, now).await?;
+            *at = if to == Place::end() { Place::start() } else { to };
+        }
+        Ok(())
     }
 }
 
-/// What a sweep removes: terminal (doomed counts as that) and older than its consumer's retention. The same rule as
-/// `Record::is_swept`.
+/// What a sweep removes: terminal (doomed counts as that) and older than its consumer's retention, as
+/// `Record::is_swept` says.
 macro_rules! expired {
     () => {
         "state >= 2 AND time <= ? - (SELECT retention FROM hapax_consumer WHERE id = consumer)"
     };
 }
 
+macro_rules! remove {
+    ($table:literal) => {
+        concat!(
+            "DELETE FROM ",
+            $table,
+            " WHERE (consumer, key) > (?, ?) AND (consumer, key) <= (?, ?) AND ",
+            expired!(),
+            " RETURNING fence"
+        )
+    };
+}
+
+macro_rules! find {
+    ($table:literal) => {
+        concat!(
+            "SELECT consumer, key FROM ",
+            $table,
+            " WHERE (consumer, key) > (?, ?) AND ",
+            expired!(),
+            " ORDER BY consumer, key LIMIT 1 OFFSET ?"
+        )
+    };
+}
+
 /// Removes the expired records after `after` up to `to`, and keeps the fences growing over them.
 pub(crate) async fn remove_between(
     connection: &mut SqliteConnection,
+    table: Table,
     after: &Place,
     to: &Place,
     now: Moment,
 ) -> Result<u64, Fault> {
-    let remove = concat!(
-        "DELETE FROM hapax_record WHERE (consumer, key) > (?, ?) AND (consumer, key) <= (?, ?) AND ",
-        expired!(),
-        " RETURNING fence"
-    );
-    let removed = sqlx::query(remove)
-        .bind(after.consumer)
-        .bind(after.key.clone())
-        .bind(to.consumer)
-        .bind(to.key.clone())
-        .bind(integer(now.0))
-        .fetch_all(&mut *connection)
-        .await?;
+    let remove = sqlx::query(match table {
+        Table::Ended => remove!("hapax_record"),
+        Table::Open => remove!("hapax_open"),
+    });
+    let remove = remove.bind(after.consumer).bind(after.key.clone()).bind(to.consumer).bind(to.key.clone());
+    let removed = remove.bind(integer(now.0)).fetch_all(&mut *connection).await?;
     raise_floor(connection, &removed).await?;
     Ok(removed.len() as u64)
 }
 
 /// The place of the `nth` (from 1) expired record after `after`. Only reads.
 pub(crate) async fn nth_expired(
-    pool: &sqlx::SqlitePool,
+    pool: &SqlitePool,
+    table: Table,
     after: &Place,
     nth: usize,
     now: Moment,
 ) -> Result<Option<Place>, sqlx::Error> {
-    let find = concat!(
-        "SELECT consumer, key FROM hapax_record WHERE (consumer, key) > (?, ?) AND ",
-        expired!(),
-        " ORDER BY consumer, key LIMIT 1 OFFSET ?"
-    );
-    let found = sqlx::query(find)
-        .bind(after.consumer)
-        .bind(after.key.clone())
-        .bind(integer(now.0))
-        .bind(i64::try_from(nth.saturating_sub(1)).unwrap_or(i64::MAX))
-        .fetch_optional(pool)
-        .await?;
+    let find = sqlx::query(match table {
+        Table::Ended => find!("hapax_record"),
+        Table::Open => find!("hapax_open"),
+    });
+    let find = find.bind(after.consumer).bind(after.key.clone()).bind(integer(now.0));
+    let found = find.bind(i64::try_from(nth.saturating_sub(1)).unwrap_or(i64::MAX)).fetch_optional(pool).await?;
     found.map(|row| Ok(Place { consumer: row.try_get(0)?, key: row.try_get(1)? })).transpose()
 }
 
 /// Removes one record, whatever its state.
-pub(crate) async fn remove_one(connection: &mut SqliteConnection, id: Id) -> Result<bool, Fault> {
-    let place = Place::of(id);
-    let removed = sqlx::query("DELETE FROM hapax_record WHERE consumer = ? AND key = ? RETURNING fence")
-        .bind(place.consumer)
-        .bind(place.key)
-        .fetch_all(&mut *connection)
-        .await?;
-    raise_floor(connection, &removed).await?;
-    Ok(!removed.is_empty())
+pub(crate) async fn remove_one(connection: &mut SqliteConnection, (consumer, key): Id) -> Result<bool, Fault> {
+    let one = [
+        "DELETE FROM hapax_record WHERE consumer = ? AND key = ? RETURNING fence",
+        "DELETE FROM hapax_open WHERE consumer = ? AND key = ? RETURNING fence",
+    ];
+    let mut found = false;
+    for remove in one {
+        let remove = sqlx::query(remove).bind(i64::from(consumer.0)).bind(key.0.to_vec());
+        let removed = remove.fetch_all(&mut *connection).await?;
+        raise_floor(connection, &removed).await?;
+        found |= !removed.is_empty();
+    }
+    Ok(found)
 }
 
-async fn raise_floor(connection: &mut SqliteConnection, removed: &[sqlx::sqlite::SqliteRow]) -> Result<(), Fault> {
+async fn raise_floor(connection: &mut SqliteConnection, removed: &[SqliteRow]) -> Result<(), Fault> {
     let mut highest = None;
     for row in removed {
         highest = highest.max(Some(row.try_get::<i64, _>(0)?));

@@ -18,7 +18,7 @@ use crate::batch::Batch;
 use crate::error::Fault;
 use crate::rows::{Frame, Id, Within, integer};
 use crate::store::Clock;
-use crate::sweep::{self, Place, Rolling};
+use crate::sweep::{self, Place, Rolling, Table};
 
 /// Calls that may wait for the writer; further callers wait to be let in.
 pub(crate) const CALLS_MAX: usize = 256;
@@ -34,7 +34,7 @@ pub(crate) enum Call {
     Renew(Vec<Lease>, Duration, Reply<Vec<Renewal>>),
     Record(Vec<(Lease, Outcome)>, Reply<Vec<Recorded>>),
     Open(String, Duration, Reply<ConsumerId>),
-    Sweep(Place, Place, Moment, Reply<u64>),
+    Sweep(Table, Place, Place, Moment, Reply<u64>),
     Forget(Id, Reply<bool>),
     Close,
 }
@@ -292,8 +292,8 @@ impl Writer {
                 let done = ended(&mut connection, opened).await;
                 self.keep(connection, done, "open", reply);
             }
-            Call::Sweep(after, to, now, reply) => {
-                let swept = sweep::remove_between(&mut connection, &after, &to, now).await;
+            Call::Sweep(table, after, to, now, reply) => {
+                let swept = sweep::remove_between(&mut connection, table, &after, &to, now).await;
                 let done = ended(&mut connection, swept).await;
                 tell(&self.sweep_fault, done.as_ref().err().cloned());
                 self.keep(connection, done, "sweep", reply);
