@@ -1,0 +1,72 @@
+//! Lines of a file or of standard input, read on a thread of their own: in bounded memory, however long a line is.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+
+use tokio::sync::mpsc;
+
+/// Used without `--events`.
+const SAMPLE: &[u8] = include_bytes!("../data/sample.jsonl");
+/// Lines read ahead.
+const AHEAD_MAX: usize = 16;
+
+/// One line that is not blank, without its end.
+pub(crate) struct Line {
+    /// From 1, blank lines counted.
+    pub(crate) number: u64,
+    /// The first bytes of it where it is longer than the bound; longer than the bound, so that it shows.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Opens a file, standard input for `-`, or the sample.
+pub(crate) fn open(events: Option<&Path>) -> Result<Box<dyn BufRead + Send>, String> {
+    let Some(path) = events else { return Ok(Box::new(SAMPLE)) };
+    if path == Path::new("-") {
+        return Ok(Box::new(BufReader::new(io::stdin())));
+    }
+    let cannot = |error| format!("{} cannot be read: {error}", path.display());
+    let file = File::open(path).map_err(cannot)?;
+    if file.metadata().map_err(cannot)?.is_dir() {
+        return Err(format!("{} is a folder, not a file of events", path.display()));
+    }
+    Ok(Box::new(BufReader::new(file)))
+}
+
+/// Reads on until the end, an error, or until nobody listens any more.
+///
+/// The thread is not joined: it may wait for standard input when the program ends.
+pub(crate) fn read(mut source: Box<dyn BufRead + Send>, bytes_max: usize) -> mpsc::Receiver<io::Result<Line>> {
+    let (lines, receiver) = mpsc::channel(AHEAD_MAX);
+    std::thread::spawn(move || {
+        for number in 1.. {
+            let line = match next(&mut source, bytes_max) {
+                Ok(None) => return,
+                Ok(Some(bytes)) if bytes.trim_ascii().is_empty() => continue,
+                Ok(Some(bytes)) => Ok(Line { number, bytes }),
+                Err(error) => Err(error),
+            };
+            let failed = line.is_err();
+            if lines.blocking_send(line).is_err() || failed {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn next(source: &mut impl BufRead, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    // With room for the line's end, so that a line of just the bound is told from a longer one.
+    let most = bytes_max + 2;
+    source.by_ref().take(most as u64).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.pop_if(|last| *last == b'\n').is_some() {
+        line.pop_if(|last| *last == b'\r');
+    } else if line.len() == most {
+        source.skip_until(b'\n')?;
+    }
+    Ok(Some(line))
+}

@@ -1,1 +1,0 @@
-//! Nothing here: the examples are the targets of this package.
