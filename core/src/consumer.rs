@@ -101,6 +101,7 @@ async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Resul
     }));
     drain(&shared, &mut engine).await;
     let left = engine.in_flight();
+    engine.tell_in_flight();
     // Lives that are left are dropped before the session is closed, so that none of them settles behind it.
     drop(engine);
     if left > 0 {

@@ -136,14 +136,7 @@ impl<S> Context<S> {
     ///
     /// Fails where the event has no JSON form, where a step is used twice for one type, or beyond the bound.
     pub fn publish<E: Event>(&self, event: &E) -> Publish<'_> {
-        Publish {
-            run: &self.run,
-            data: serde_json::to_vec(event),
-            ty: type_name::<E>(),
-            step: "",
-            key: None,
-            to: None,
-        }
+        Publish { run: &self.run, data: serde_json::to_vec(event), ty: type_name::<E>(), step: "", key: None, to: None }
     }
 
     /// What was published so far in this attempt.
@@ -238,7 +231,13 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    pub(crate) fn new(consumer: Arc<str>, message: Arc<Message>, lease: Lease, crashes: u32, deadline: Instant) -> Self {
+    pub(crate) fn new(
+        consumer: Arc<str>,
+        message: Arc<Message>,
+        lease: Lease,
+        crashes: u32,
+        deadline: Instant,
+    ) -> Self {
         Self {
             consumer,
             message,

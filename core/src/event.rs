@@ -357,7 +357,9 @@ impl<E: Event> Decode<E> {
         }
         match value.downcast::<E>() {
             Ok(event) => Ok(*event),
-            Err(_) => Err(Defect::undecodable(format!("no upcast from version {version} ends at {}", type_name::<E>()))),
+            Err(_) => {
+                Err(Defect::undecodable(format!("no upcast from version {version} ends at {}", type_name::<E>())))
+            }
         }
     }
 

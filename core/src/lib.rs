@@ -12,8 +12,8 @@ mod event;
 mod fault;
 mod guarantee;
 mod handler;
-mod identity;
 mod health;
+mod identity;
 mod message;
 mod observer;
 mod publisher;
@@ -41,12 +41,14 @@ pub use handler::{Failure, FailureExt, FailureKind, Handler, IntoFailure, TxHand
 pub use health::{BEAT_MAX, Health, InFlight, Phase, Reach, Statistics};
 pub use identity::IdFrom;
 pub use message::{Attributes, Defect, DefectKind, Headers, Message, MessageId, MessageLimits};
-pub use observer::{Duplicate, HandlerEnd, Observed, Observer, ROUTES_MAX, Side, Telemetry, Verb, describe as describe_metrics};
+pub use observer::{
+    Duplicate, HandlerEnd, Observed, Observer, ROUTES_MAX, Side, Telemetry, Verb, describe as describe_metrics,
+};
 pub use publisher::{Outgoing, Publisher};
 pub use retry::{Backoff, Over, RetryPolicy};
-pub use settings::{Order, Settings};
 pub use secret::{SecretUrl, redact};
 pub use service::{ConsumerReport, Report, Service, ServiceHandle};
+pub use settings::{Order, Settings};
 pub use shutdown::shutdown_signal;
 #[doc(hidden)]
 pub use stepping::Stepper;

@@ -194,7 +194,7 @@ impl Shared {
                 match result {
                     Ok(()) => batch.answer(index, [Ok(())]),
                     Err(error) if error.is_retryable() => {
-                        let text = error.to_string();
+                        let text = self.error_text(&error.to_string());
                         self.observe(&Observed::Reach { side: Side::Publisher, up: false, error: &text });
                         failed.push(index);
                     }
@@ -217,7 +217,7 @@ impl Shared {
             Ok(answers) => {
                 self.store_is_up();
                 let lost = self.keepalive.renewed(&due, &answers, sent);
-                (0..lost).for_each(|_| self.observe(&Observed::LeaseLost));
+                self.leases_lost(lost);
             }
             Err(error) if error.is_retryable() => self.store_is_down(&error),
             Err(error) => self.fail(error),

@@ -41,6 +41,7 @@ pub(super) struct Engine<F, L> {
 struct Tag {
     bytes: usize,
     lane: Option<Lane>,
+    begun: Instant,
 }
 
 impl<F, L> Engine<F, L>
@@ -158,7 +159,7 @@ where
     }
 
     fn start(&mut self, delivery: Delivery, lane: Option<Lane>) {
-        let tag = Tag { bytes: delivery.message.bytes(), lane };
+        let tag = Tag { bytes: delivery.message.bytes(), lane, begun: Instant::now() };
         self.lives.start((self.live)(Arc::clone(&self.shared), delivery), tag);
     }
 
@@ -169,13 +170,12 @@ where
         let shared = &self.shared;
         let now = Instant::now();
         shared.vitals.beat();
-        shared.vitals.in_flight(self.events, self.bytes, None);
-        shared.observe(&Observed::InFlight { events: self.events, bytes: self.bytes });
+        self.tell_in_flight();
         if let Some(messages) = shared.broker.lag() {
             shared.observe(&Observed::Lag { messages });
         }
         let due = shared.keepalive.due(now);
-        (0..due.lost).for_each(|_| shared.observe(&Observed::LeaseLost));
+        shared.leases_lost(due.lost);
         if !due.renew.is_empty() && shared.begin_renewal() {
             let shared = Arc::clone(shared);
             self.calls.push(Box::pin(async move {
@@ -191,6 +191,13 @@ where
             self.calls.push(Box::pin(async move { shared.probe().await }));
         }
         true
+    }
+
+    /// Tells what is unsettled now.
+    pub(super) fn tell_in_flight(&self) {
+        let oldest = self.lives.tags().map(|tag| tag.begun).min();
+        self.shared.vitals.in_flight(self.events, self.bytes, oldest);
+        self.shared.observe(&Observed::InFlight { events: self.events, bytes: self.bytes });
     }
 
     /// Drives this call beside the others.

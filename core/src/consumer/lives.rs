@@ -80,9 +80,9 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         index
     }
 
-    /// How many lives there are.
-    pub(super) fn len(&self) -> usize {
-        self.slots.len() - self.free.len()
+    /// The tags of all lives.
+    pub(super) fn tags(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.tag.as_ref())
     }
 
     /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers whether any was
@@ -123,7 +123,7 @@ mod tests {
         lives.slots[0].wake.wake_by_ref();
         assert!(lives.poll(&cx, |tag| ended.push(tag)));
         lives.start(std::future::ready(()), 2);
-        assert_eq!((lives.len(), lives.slots.len()), (1, 1));
+        assert_eq!((lives.tags().count(), lives.slots.len()), (1, 1));
         lives.poll(&cx, |tag| ended.push(tag));
         assert_eq!(ended, [1, 2]);
         assert!(!lives.poll(&cx, |_| ()));

@@ -161,7 +161,7 @@ impl Shared {
         let held = self.keepalive.hold(lease, grant.sent, waker().await);
         let _transaction = self.transaction_turn(event).await;
         if held.is_lost() {
-            return self.lost();
+            return Step::ClaimAgain;
         }
         if self.is_draining() || !delivery.session.is_live() {
             return self.give_back_claim(&grant).await;
@@ -213,7 +213,7 @@ impl Shared {
             End::Stopped(Stop::Timeout) => {
                 self.failed(delivery, event, &held, &grant, &Failure::retryable("timed out")).await
             }
-            End::Stopped(Stop::LeaseLost) => self.lost(),
+            End::Stopped(Stop::LeaseLost) => Step::ClaimAgain,
             End::Stopped(Stop::Shutdown) => self.give_back_claim(&grant).await,
         }
     }
@@ -255,7 +255,8 @@ impl Shared {
         match verdict::after_failure(failure, lease.attempt, elapsed, self.retry(event), &self.bounds, self.chance()) {
             Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
             Verdict::Doom(reason) => {
-                let burial = Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
+                let burial =
+                    Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
                 self.bury(delivery, held, burial).await
             }
         }
@@ -340,11 +341,6 @@ impl Shared {
     fn fenced(&self) -> Step {
         self.counters.fenced.one();
         self.observe(&Observed::Fenced);
-        Step::ClaimAgain
-    }
-
-    fn lost(&self) -> Step {
-        self.counters.leases_lost.one();
         Step::ClaimAgain
     }
 

@@ -8,6 +8,8 @@ use futures_util::FutureExt;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::builder::{MissingId, Parts};
 use super::calls::{ClaimCalls, GivenUp, PublishCalls, RecordCalls, SettleCalls};
@@ -456,7 +458,9 @@ impl Shared {
         if let Some(stepper) = &self.stepper {
             running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));
         }
-        let mut handler = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(running));
+        let span = trace::handler_span(&self.name, self.infos[event.route].name(), &run.message, &run.lease);
+        let handler = if span.is_disabled() { tokio::spawn(running) } else { tokio::spawn(running.instrument(span)) };
+        let mut handler = AbortOnDropHandle::new(handler);
         let mut stopped = None;
         let joined = std::future::poll_fn(|cx| match std::pin::Pin::new(&mut handler).poll(cx) {
             std::task::Poll::Pending => {
@@ -521,7 +525,7 @@ impl Shared {
         Trouble { id, error: self.error_text(error) }
     }
 
-    fn error_text(&self, error: &str) -> Box<str> {
+    pub(super) fn error_text(&self, error: &str) -> Box<str> {
         let redacted = crate::secret::redact(error);
         let redacted = self.redact.map_or_else(|| redacted.to_string(), |redact| redact(&redacted));
         cut(&redacted, self.settings.error_text_max)
@@ -546,6 +550,12 @@ impl Shared {
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
+    }
+
+    /// Leases that were lost, found by the tick or by a renewal.
+    pub(super) fn leases_lost(&self, lost: usize) {
+        self.counters.leases_lost.add(lost);
+        (0..lost).for_each(|_| self.observe(&Observed::LeaseLost));
     }
 
     /// Nothing is started any more.
@@ -600,7 +610,8 @@ impl Shared {
 
     pub(super) fn store_is_down(&self, error: &Error) {
         if self.vitals.store_down(error) {
-            self.observe(&Observed::Reach { side: Side::Store, up: false, error: &error.to_string() });
+            let error = self.error_text(&error.to_string());
+            self.observe(&Observed::Reach { side: Side::Store, up: false, error: &error });
         }
     }
 
@@ -612,7 +623,8 @@ impl Shared {
 
     pub(super) fn broker_is_down(&self, error: &Error) {
         if self.vitals.broker_down(error) {
-            self.observe(&Observed::Reach { side: Side::Broker, up: false, error: &error.to_string() });
+            let error = self.error_text(&error.to_string());
+            self.observe(&Observed::Reach { side: Side::Broker, up: false, error: &error });
         }
     }
 
