@@ -37,6 +37,7 @@ use crate::stepping::{Stepped, Stepper};
 use crate::store::{
     ClaimRequest, ConsumerId, EventKey, Fingerprint, Lease, Outcome, ProcessedStore, Recorded, Trouble,
 };
+use crate::trace;
 
 /// Everything that lives share. Nothing in it is locked across an await.
 pub(super) struct Shared {
