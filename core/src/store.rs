@@ -160,11 +160,6 @@ impl EventKey {
     pub(crate) fn step(self, step: &str) -> String {
         hex(digest(b"hapax step key 1", &[&self.0, step.as_bytes()]))
     }
-
-    /// 64 bits for tables in memory.
-    pub(crate) fn low(self) -> u64 {
-        u64::from_le_bytes([self.0[0], self.0[1], self.0[2], self.0[3], self.0[4], self.0[5], self.0[6], self.0[7]])
-    }
 }
 
 impl fmt::Debug for EventKey {

@@ -106,7 +106,7 @@ impl Shared {
         call: for<'q> fn(&'q Self, &'q [Q]) -> Asked<'q, A>,
         answer: fn(A, Instant) -> R,
     ) {
-        let mut ranges = vec![0..batch.requests.len()];
+        let mut ranges = Vec::from([0..batch.requests.len()]);
         let mut waits = delays(STORE_RETRY_MAX);
         while let Some(range) = ranges.pop() {
             let asked = Instant::now();
@@ -265,7 +265,7 @@ impl Shared {
 
 fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {
     let middle = range.start + range.len() / 2;
-    (range.len() > 1).then(|| [middle..range.end, range.start..middle])
+    (range.len() > 1).then_some([middle..range.end, range.start..middle])
 }
 
 fn give_up<Q, R>(batch: &Batch<Q, std::result::Result<R, GivenUp>>, ranges: &[Range<usize>]) {

@@ -35,8 +35,6 @@ enum Step {
     Wait(Duration),
     /// Wait until no other event with a crash in its history runs, then claim again.
     WaitAlone,
-    /// Give it back to the broker, unclaimed.
-    GiveBack,
     /// Nothing: it is settled, or its session ends and the broker delivers it again.
     Over,
 }
@@ -102,7 +100,6 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         drop(place);
         match step {
             Step::Settle(settlement) => return p.settle(&delivery, settlement).await.unwrap_or_default(),
-            Step::GiveBack => return p.give_back(&delivery).await,
             Step::Over => return,
             Step::AskAgain => continue,
             Step::ClaimAgain => {}

@@ -483,7 +483,7 @@ impl Shared {
         }
         match (joined, stopped) {
             (Some(Ok(ended)), _) => End::Handler(ended),
-            (Some(Err(error)), _) if error.is_panic() => End::Panicked(panic_text(error.into_panic())),
+            (Some(Err(error)), _) if error.is_panic() => End::Panicked(panic_text(&*error.into_panic())),
             (_, Some(stop)) => End::Stopped(stop),
             // Cancelled without our asking: the runtime shuts down.
             (_, None) => End::Stopped(crate::context::Stop::Shutdown),
@@ -666,7 +666,7 @@ fn unfit(defect: &Defect) -> Read {
     Read::Unfit(reason, defect.detail.clone())
 }
 
-fn panic_text(panic: Box<dyn std::any::Any + Send>) -> String {
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".to_owned())
 }
