@@ -4,11 +4,20 @@
 //!   [`transactional_conformance!`] run them all against a fixture.
 //! - [`faulty`]: brokers and stores that fail, hang, lose answers, deliver twice and out of order.
 //! - [`ledger`]: the history of what happened, kept by witnesses.
+//! - [`Harness`]: a user's production wiring, without a broker and without waiting.
+//! - [`explore()`]: which await points of a handler stand a crash.
 //! - [`checkers`]: the invariants of the promise, as functions over a history.
 //!
 //! Everything that decides is seeded, and every clock is tokio's: a run repeats exactly.
 
 pub mod checkers;
 pub mod conformance;
+pub mod explore;
 pub mod faulty;
+pub mod harness;
 pub mod ledger;
+mod stage;
+
+pub use explore::{Explore, explore};
+pub use harness::Harness;
+pub use stage::{NoPublisher, StageStore, crash_point};

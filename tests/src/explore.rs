@@ -1,0 +1,384 @@
+//! The crash explorer: at which await points of a handler may its process die without harm?
+//!
+//! A handler runs over and over. In turn, at each of its await points, the process dies: the handler's future is dropped,
+//! nothing is recorded, nothing settled. The event is delivered again, as it would be, and a new process runs it to the
+//! end. Before the crash there are two copies of the delivery, after it another one. Whatever the user reads in the end
+//! must be what a single undisturbed run leaves behind; every point after which it is not is a window in which an effect
+//! repeats or is lost.
+//!
+//! ```
+//! use std::sync::Mutex;
+//! use std::collections::BTreeMap;
+//! use hapax::{Context, Event, Failure};
+//! use hapax_testkit::{crash_point, explore};
+//! # use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Serialize, Deserialize)]
+//! struct OrderPlaced { cents: i64 }
+//! impl Event for OrderPlaced { const TYPE: &'static str = "com.shop.order.placed"; }
+//!
+//! /// A double of the payment provider: it charges once for each idempotency key.
+//! #[derive(Default)]
+//! struct Provider { charges: Mutex<BTreeMap<String, i64>> }
+//!
+//! impl Provider {
+//!     async fn charge(&self, key: String, cents: i64) {
+//!         crash_point("the charge is on its way").await;
+//!         self.charges.lock().unwrap().insert(key, cents);
+//!         crash_point("charged, and the answer is on its way").await;
+//!     }
+//!
+//!     fn charges(&self) -> Vec<i64> {
+//!         self.charges.lock().unwrap().values().copied().collect()
+//!     }
+//! }
+//!
+//! /// Charges twice: every attempt has another key.
+//! async fn careless(event: OrderPlaced, cx: Context<Provider>) -> Result<(), Failure> {
+//!     let key = format!("{} {}", cx.idempotency_key(), cx.attempt());
+//!     cx.state().charge(key, event.cents).await;
+//!     Ok(())
+//! }
+//!
+//! /// Charges once: the key is the event's.
+//! async fn careful(event: OrderPlaced, cx: Context<Provider>) -> Result<(), Failure> {
+//!     cx.state().charge(cx.key("charge"), event.cents).await;
+//!     Ok(())
+//! }
+//!
+//! #[tokio::main(flavor = "current_thread", start_paused = true)]   // in a test: #[tokio::test(start_paused = true)]
+//! async fn main() {
+//!     let order = OrderPlaced { cents: 1_000 };
+//!     let report = explore(careless, &order).state(Provider::default).read(Provider::charges).await;
+//!     let caught = &report.differences()[0];
+//!     assert_eq!(caught.point.name(), Some("charged, and the answer is on its way"));
+//!     assert_eq!(caught.expected, "[\n    1000,\n]");
+//!     assert_eq!(caught.actual, "[\n    1000,\n    1000,\n]");
+//!
+//!     let report = explore(careful, &order).state(Provider::default).read(Provider::charges).await;
+//!     report.assert_effects_once();
+//! }
+//! ```
+//!
+//! What it can see: a future is dropped where it waits. A double that is ready at once never waits; let it await a
+//! [`crash_point`](crate::crash_point) before and after its effect. What the handler spawned goes on after the crash, and
+//! destructors run, as they would not in a process that is killed.
+
+mod report;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fmt::Debug;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hapax::{Broker, Consumer, ConsumerBuilder, Context, Event, Handler, Message, Otherwise, ProcessedStore};
+use hapax_memory::MemoryStore;
+
+pub use report::{Difference, Point, PointKind, Report};
+
+use crate::stage::{Ended, LocalBoxFuture, NoPublisher, Stage, StageStore, Strike, Wire, message_of, wire};
+
+/// The id of the event that is explored.
+const ID: &str = "explored";
+
+/// Explores `handler` with `event`: say where its state comes from, then what to read in it. See the
+/// [module](crate::explore) for an example.
+pub fn explore<E: Event, H>(handler: H, event: &E) -> ExploreHandler<E, H> {
+    ExploreHandler { handler: Arc::new(handler), message: message_of(ID, event), event: std::marker::PhantomData }
+}
+
+/// A handler that is to be explored, still without its state.
+#[must_use = "nothing is explored before .read(..).await"]
+pub struct ExploreHandler<E, H> {
+    handler: Arc<H>,
+    message: Message,
+    event: std::marker::PhantomData<fn(E)>,
+}
+
+impl<E: Event, H> ExploreHandler<E, H> {
+    /// What makes a fresh state for each run; the handler sees it as [`Context::state`].
+    pub fn state<S>(self, fresh: impl Fn() -> S + 'static) -> Explore<S>
+    where
+        S: Send + Sync + 'static,
+        H: Handler<E, S>,
+    {
+        let handler = self.handler;
+        let fresh = move || Arc::new(fresh());
+        let setting = move || {
+            let (state, handler) = (fresh(), Arc::clone(&handler));
+            let seen = Arc::clone(&state);
+            let wire = wire(MemoryStore::new(), move |broker, store| {
+                Consumer::builder("explored", broker, store)
+                    .shared_state(Arc::clone(&state))
+                    .publisher(NoPublisher)
+                    .on(Again(Arc::clone(&handler)))
+                    .otherwise(Otherwise::DeadLetter)
+            });
+            let setting: LocalBoxFuture<_> = Box::pin(std::future::ready((seen, wire)));
+            setting
+        };
+        Explore::new(Rc::new(setting), self.message)
+    }
+}
+
+impl<E, H> Debug for ExploreHandler<E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExploreHandler").field("message", &self.message).finish_non_exhaustive()
+    }
+}
+
+/// The same handler for one consumer after the other.
+struct Again<H>(Arc<H>);
+
+impl<E: Send + 'static, S: Send + Sync + 'static, H: Handler<E, S>> Handler<E, S> for Again<H> {
+    type Error = H::Error;
+
+    fn handle(&self, event: E, cx: Context<S>) -> impl Future<Output = Result<(), H::Error>> + Send {
+        self.0.handle(event, cx)
+    }
+}
+
+/// A fresh world, and the wiring of its consumers.
+type Setting<W> = Rc<dyn Fn() -> LocalBoxFuture<(Arc<W>, Wire)>>;
+
+/// What is to be explored; [`read`](Self::read) does it.
+#[must_use = "nothing is explored before .read(..).await"]
+pub struct Explore<W> {
+    setting: Setting<W>,
+    message: Message,
+    overlapping: bool,
+    points_max: usize,
+    deadline: Duration,
+}
+
+impl<W: 'static> Explore<W> {
+    /// Most points that are explored; beyond it the exploration panics rather than end early.
+    pub const POINTS_MAX: usize = 1_000;
+
+    fn new(setting: Setting<W>, message: Message) -> Self {
+        let (points_max, deadline) = (Self::POINTS_MAX, crate::Harness::DEADLINE);
+        Self { setting, message, overlapping: false, points_max, deadline }
+    }
+
+    /// Production wiring in a fresh world for each run, on a broker and a store in memory.
+    ///
+    /// `wiring` is called with the world for every consumer that is started in it, also after a crash.
+    pub fn wiring<E, S, T>(
+        world: impl Fn() -> W + 'static,
+        wiring: impl Fn(&W, Arc<dyn Broker>, StageStore<MemoryStore>) -> ConsumerBuilder<S, T> + 'static,
+        event: &E,
+    ) -> Self
+    where
+        E: Event,
+        S: Send + Sync + 'static,
+        T: ProcessedStore,
+    {
+        let world = Rc::new(world);
+        let world = async move || (world(), MemoryStore::new());
+        Self::with_store(world, wiring, event)
+    }
+
+    /// Production wiring in a fresh world and on a fresh store for each run: for transactional handlers.
+    ///
+    /// With a store on a disk or a server leave tokio's clock running and set a short lease in the wiring: after each
+    /// crash it is waited for.
+    pub fn with_store<E, S, T, U>(
+        world: impl AsyncFn() -> (W, T) + 'static,
+        wiring: impl Fn(&W, Arc<dyn Broker>, StageStore<T>) -> ConsumerBuilder<S, U> + 'static,
+        event: &E,
+    ) -> Self
+    where
+        E: Event,
+        S: Send + Sync + 'static,
+        T: ProcessedStore + Clone,
+        U: ProcessedStore,
+    {
+        let (world, wiring) = (Rc::new(world), Rc::new(wiring));
+        let setting = move || {
+            let (world, wiring) = (Rc::clone(&world), Rc::clone(&wiring));
+            let setting: LocalBoxFuture<_> = Box::pin(async move {
+                let (world, store) = world().await;
+                let world = Arc::new(world);
+                let seen = Arc::clone(&world);
+                (seen, wire(store, move |broker, store| wiring(&world, broker, store)))
+            });
+            setting
+        };
+        Self::new(Rc::new(setting), message_of(ID, event))
+    }
+
+    /// This message instead of the event's own: with another source, other headers or data.
+    pub fn message(mut self, message: Message) -> Self {
+        self.message = message;
+        self
+    }
+
+    /// Explores pauses too: at each await point the process stands still beyond its lease, another runs the event to its
+    /// end, and then the first goes on. What differs is in [`Report::overlapping`]. Only what is fenced, keyed or in the
+    /// store's transaction stands this.
+    pub fn overlapping(mut self) -> Self {
+        self.overlapping = true;
+        self
+    }
+
+    /// Most points that are explored, instead of [`POINTS_MAX`](Self::POINTS_MAX).
+    pub fn points_max(mut self, points: usize) -> Self {
+        self.points_max = points;
+        self
+    }
+
+    /// How long one run may take, instead of [`Harness::DEADLINE`](crate::Harness::DEADLINE).
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Explores, reading the world after each run.
+    ///
+    /// # Panics
+    /// If the wiring is refused, no handler runs for the event, or the undisturbed run does not end.
+    pub async fn read<R: PartialEq + Debug>(self, read: impl Fn(&W) -> R) -> Report {
+        self.query(async |world: &W| read(world)).await
+    }
+
+    /// As [`read`](Self::read), where reading waits: for a database.
+    ///
+    /// # Panics
+    /// As [`read`](Self::read).
+    pub async fn query<R: PartialEq + Debug>(self, read: impl AsyncFn(&W) -> R) -> Report {
+        let single = self.single(&read).await;
+        let ty = self.message.attributes.ty.clone().unwrap_or_default();
+        let mut report = Report::new(&ty, format!("{single:#?}"));
+        // The run that gets past all await points without being struck has copies alone to cope with.
+        for number in 1.. {
+            assert!(number <= self.points_max, "more than {} await points: raise .points_max(..)", self.points_max);
+            let (point, run) = self.struck(Strike::Await(number), PointKind::Await(number), false, &read).await;
+            let Some(point) = point else {
+                report.add(Point::new(PointKind::Copies, None), single.unlike(&run));
+                break;
+            };
+            report.add(point, single.unlike(&run));
+        }
+        let behind = [
+            (Strike::Returned, PointKind::Returned),
+            (Strike::BeforeRecord, PointKind::BeforeRecord),
+            (Strike::BeforeAck, PointKind::BeforeAck),
+        ];
+        for (strike, kind) in behind {
+            if let (Some(point), run) = self.struck(strike, kind, false, &read).await {
+                report.add(point, single.unlike(&run));
+            }
+        }
+        for number in (1..=self.points_max).take_while(|_| self.overlapping) {
+            let (point, run) = self.struck(Strike::Await(number), PointKind::Await(number), true, &read).await;
+            let Some(point) = point else { break };
+            report.add_overlapping(point, single.unlike(&run));
+        }
+        report
+    }
+
+    /// One delivery, undisturbed.
+    async fn single<R: PartialEq + Debug>(&self, read: &impl AsyncFn(&W) -> R) -> Outcome<R> {
+        let (world, wire) = (self.setting)().await;
+        let mut stage = Stage::new(wire);
+        stage.deliver(&self.message);
+        if let Err(why) = stage.settle(self.deadline).await {
+            panic!("the undisturbed run does not end: {why}");
+        }
+        let outcome = Outcome::of(&stage, &self.id(), read(&world).await, None);
+        assert!(outcome.ran, "no handler ran for {:?}: is there a route for its type?", self.message.attributes.ty);
+        outcome
+    }
+
+    /// Two copies at once, the process struck at a point, then another copy. `None` if the point was not reached.
+    async fn struck<R: PartialEq + Debug>(
+        &self,
+        strike: Strike,
+        kind: PointKind,
+        freezes: bool,
+        read: &impl AsyncFn(&W) -> R,
+    ) -> (Option<Point>, Outcome<R>) {
+        let (world, wire) = (self.setting)().await;
+        let mut stage = Stage::new(wire);
+        stage.strikes.arm(strike, freezes);
+        stage.deliver(&self.message);
+        stage.deliver(&self.message);
+        let mut left = stage.settle(self.deadline).await.err();
+        if freezes {
+            stage.thaw().await;
+        }
+        stage.deliver(&self.message);
+        if left.is_none() {
+            left = stage.settle(self.deadline).await.err();
+        }
+        let point = stage.strikes.point().map(|name| Point::new(kind, name));
+        (point, Outcome::of(&stage, &self.id(), read(&world).await, left))
+    }
+
+    fn id(&self) -> String {
+        let attributes = &self.message.attributes;
+        let text = |value: &Option<Box<str>>| value.clone().unwrap_or_default();
+        format!("{} {}", text(&attributes.source), text(&attributes.id))
+    }
+}
+
+impl<W> Debug for Explore<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Explore").field("message", &self.message).finish_non_exhaustive()
+    }
+}
+
+/// What a run left behind.
+struct Outcome<R> {
+    state: R,
+    /// Without repeats of the same message: consumers know those as duplicates.
+    published: BTreeSet<String>,
+    end: String,
+    ran: bool,
+}
+
+impl<R: Debug> Debug for Outcome<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.state.fmt(f)
+    }
+}
+
+impl<R: PartialEq + Debug> Outcome<R> {
+    fn of(stage: &Stage, id: &str, state: R, left: Option<String>) -> Self {
+        let seen = stage.chronicle.find(id);
+        let published = stage.published.all().into_iter().map(|outgoing| {
+            let attributes = &outgoing.message.attributes;
+            let text = |value: &Option<Box<str>>| value.as_deref().unwrap_or_default().to_owned();
+            let data = String::from_utf8_lossy(&outgoing.message.data).into_owned();
+            format!("{} {} {} {data}", text(&attributes.ty), text(&attributes.id), text(&outgoing.to))
+        });
+        let reason = stage.broker.dead_letters().last().map(|(_, letter)| letter.reason);
+        let end = match (left, seen.as_ref().ok().and_then(|seen| seen.ended)) {
+            (Some(left), _) => left,
+            (None, Some(Ended::Processed)) => "processed".to_owned(),
+            (None, Some(Ended::DeadLettered)) => reason.map_or_else(String::new, |why| format!("dead-lettered as {why}")),
+            (None, None) => "neither processed nor dead-lettered".to_owned(),
+        };
+        Self { state, published: published.collect(), end, ran: seen.is_ok_and(|seen| seen.runs > 0) }
+    }
+
+    /// Expected and actual, where they differ.
+    fn unlike(&self, other: &Self) -> Vec<(&'static str, String, String)> {
+        let mut unlike = Vec::new();
+        if self.state != other.state {
+            unlike.push(("state", format!("{:#?}", self.state), format!("{:#?}", other.state)));
+        }
+        if self.published != other.published {
+            unlike.push(("published", format!("{:#?}", self.published), format!("{:#?}", other.published)));
+        }
+        if self.end != other.end {
+            unlike.push(("end", self.end.clone(), other.end.clone()));
+        }
+        unlike
+    }
+}
+
+#[cfg(test)]
+mod tests;

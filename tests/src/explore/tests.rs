@@ -1,0 +1,226 @@
+//! The explorer itself: it finds each window where it is, and finds none where there is none.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hapax::{Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Message, Otherwise, ProcessedStore, RetryPolicy};
+use serde::{Deserialize, Serialize};
+
+use super::{Explore, PointKind, Report, explore};
+use crate::stage::{NoPublisher, crash_point};
+
+#[derive(Serialize, Deserialize)]
+struct OrderPlaced {
+    cents: i64,
+}
+
+impl Event for OrderPlaced {
+    const TYPE: &'static str = "com.shop.order.placed";
+}
+
+#[derive(Serialize, Deserialize)]
+struct Charged {
+    attempt: u32,
+}
+
+impl Event for Charged {
+    const TYPE: &'static str = "com.shop.charged";
+}
+
+const ORDER: OrderPlaced = OrderPlaced { cents: 5 };
+
+/// A double of what handlers call.
+#[derive(Default)]
+struct World {
+    charges: Mutex<Vec<i64>>,
+    keyed: Mutex<BTreeMap<String, i64>>,
+    fence: Mutex<u64>,
+}
+
+impl World {
+    async fn charge(&self, cents: i64) {
+        crash_point("request").await;
+        self.charges.lock().unwrap().push(cents);
+        crash_point("response").await;
+    }
+
+    async fn charge_keyed(&self, key: String, cents: i64) {
+        crash_point("request").await;
+        self.keyed.lock().unwrap().insert(key, cents);
+        crash_point("response").await;
+    }
+
+    fn charges(&self) -> Vec<i64> {
+        let mut all = self.charges.lock().unwrap().clone();
+        all.extend(self.keyed.lock().unwrap().values());
+        all
+    }
+}
+
+async fn careless(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+    cx.state().charge(event.cents).await;
+    Ok(())
+}
+
+async fn careful(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+    cx.state().charge_keyed(cx.key("charge"), event.cents).await;
+    Ok(())
+}
+
+fn points_of(report: &Report) -> Vec<PointKind> {
+    report.points().iter().map(super::Point::kind).collect()
+}
+
+fn caught(report: &Report) -> Vec<PointKind> {
+    report.differences().iter().map(|difference| difference.point.kind()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_charges_twice_is_caught_at_the_points_behind_its_effect() {
+    let report = explore(careless, &ORDER).state(World::default).read(World::charges).await;
+    use PointKind::{Await, BeforeAck, BeforeRecord, Copies, Returned};
+    assert_eq!(points_of(&report), [Await(1), Await(2), Copies, Returned, BeforeRecord, BeforeAck]);
+    assert_eq!(caught(&report), [Await(2), Returned, BeforeRecord], "{report}");
+    assert_eq!(report.differences()[0].point.name(), Some("response"));
+    let told = report.to_string();
+    for part in ["6 points explored, 3 make a difference", "await point 2 (response): another state", "    +     5,\n"] {
+        assert!(told.contains(part), "{part:?} is missing in {told}");
+    }
+    assert!(!told.contains("    -"), "{told}");
+    let panic = std::panic::catch_unwind(|| report.assert_effects_once()).expect_err("it is caught");
+    assert!(panic.downcast_ref::<String>().unwrap().contains("make a difference"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_mended_handler_passes_even_when_it_is_paused() {
+    let report = explore(careful, &ORDER).state(World::default).overlapping().read(World::charges).await;
+    report.assert_effects_once_though_paused();
+    assert_eq!(report.single(), "[\n    5,\n]");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_effect_that_is_lost_is_caught_too() {
+    // Marks before it acts: the classic hand-written deduplication.
+    async fn marks_first(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        if cx.state().keyed.lock().unwrap().insert(cx.idempotency_key(), 0).is_none() {
+            cx.state().charge(event.cents).await;
+        }
+        Ok(())
+    }
+    let report = explore(marks_first, &ORDER).state(World::default).read(World::charges).await;
+    assert_eq!(caught(&report), [PointKind::Await(1)], "{report}");
+    assert_eq!(report.differences()[0].actual, "[\n    0,\n]");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pause_beyond_the_lease_is_told_apart_from_a_crash() {
+    // Looks before it acts: safe after a crash, but not beside a holder that stands still.
+    async fn looks_first(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        if cx.state().charges.lock().unwrap().is_empty() {
+            cx.state().charge(event.cents).await;
+        }
+        Ok(())
+    }
+    let report = explore(looks_first, &ORDER).state(World::default).overlapping().read(World::charges).await;
+    report.assert_effects_once();
+    let overlapping: Vec<_> = report.overlapping().iter().map(|difference| difference.point.name()).collect();
+    assert_eq!(overlapping, [Some("request")], "{report}");
+    assert!(std::panic::catch_unwind(|| report.assert_effects_once_though_paused()).is_err());
+
+    // Mended with the fence: the callee refuses an older holder.
+    async fn fenced(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        let world = cx.state();
+        if world.charges.lock().unwrap().is_empty() {
+            crash_point("request").await;
+            let mut newest = world.fence.lock().unwrap();
+            if *newest > cx.fence() {
+                return Err(Failure::retryable("fenced"));
+            }
+            *newest = cx.fence();
+            world.charges.lock().unwrap().push(event.cents);
+        }
+        Ok(())
+    }
+    let report = explore(fenced, &ORDER).state(World::default).overlapping().read(World::charges).await;
+    report.assert_effects_once_though_paused();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_published_once_under_a_stable_id_is_no_difference_and_what_changes_is() {
+    async fn stable(_: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        crash_point("before").await;
+        cx.publish(&Charged { attempt: 0 }).send()?;
+        crash_point("after").await;
+        Ok(())
+    }
+    let report = explore(stable, &ORDER).state(World::default).read(World::charges).await;
+    report.assert_effects_once();
+
+    async fn differs(_: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        cx.publish(&Charged { attempt: cx.attempt() }).send()?;
+        Ok(())
+    }
+    let report = explore(differs, &ORDER).state(World::default).read(World::charges).await;
+    let what: BTreeSet<_> = report.differences().iter().map(|d| (d.point.to_string(), d.what)).collect();
+    let before = "before the record reached the store".to_owned();
+    assert!(what.contains(&(before, "published")), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_that_fail_by_themselves_are_explored_as_well() {
+    async fn second_time_lucky(event: OrderPlaced, cx: Context<World>) -> Result<(), Failure> {
+        cx.state().charge_keyed(cx.key("charge"), event.cents).await;
+        if cx.attempt() == 1 { Err(Failure::retryable("busy")) } else { Ok(()) }
+    }
+    let report = explore(second_time_lucky, &ORDER).state(World::default).read(World::charges).await;
+    report.assert_effects_once();
+    assert!(points_of(&report).contains(&PointKind::Await(4)), "two attempts with two points each: {report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_that_uses_up_the_last_attempt_is_another_end() {
+    fn impatient<T: ProcessedStore>(world: &Arc<World>, broker: Arc<dyn Broker>, store: T) -> ConsumerBuilder<World, T> {
+        Consumer::builder("billing", broker, store)
+            .shared_state(Arc::clone(world))
+            .retry(RetryPolicy::none())
+            .on(careful)
+            .otherwise(Otherwise::Ignore)
+    }
+    let report = Explore::wiring(Arc::<World>::default, impatient, &ORDER).read(|world| world.charges()).await;
+    let ends: Vec<_> = report.differences().iter().filter(|d| d.what == "end").collect();
+    assert!(!ends.is_empty(), "{report}");
+    assert_eq!(ends[0].actual, "dead-lettered as attempts-exhausted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn production_wiring_is_explored_with_any_message_of_its_own() {
+    let wiring = |world: &Arc<World>, broker, store| {
+        Consumer::builder("billing", broker, store)
+            .shared_state(Arc::clone(world))
+            .publisher(NoPublisher)
+            .lease(Duration::from_secs(5))
+            .on(careless)
+            .otherwise(Otherwise::Ignore)
+    };
+    let message = Message::event("/elsewhere", "7", OrderPlaced::TYPE).with_json(&OrderPlaced { cents: 9 }).unwrap();
+    let report = Explore::wiring(Arc::<World>::default, wiring, &ORDER).message(message).read(|w| w.charges()).await;
+    assert_eq!(report.single(), "[\n    9,\n]");
+    assert_eq!(report.differences().len(), 3, "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+#[should_panic(expected = "no handler ran")]
+async fn exploring_nothing_is_a_failure() {
+    let wiring = |_: &(), broker, store| {
+        Consumer::builder("billing", broker, store).state(World::default()).on(careless).otherwise(Otherwise::Ignore)
+    };
+    let message = Message::event("/shop", "1", "com.shop.other");
+    Explore::wiring(|| (), wiring, &ORDER).message(message).read(|()| ()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_exploration_tells_the_same() {
+    let run = async || explore(careless, &ORDER).state(World::default).overlapping().read(World::charges).await.to_string();
+    assert_eq!(run().await, run().await);
+}
