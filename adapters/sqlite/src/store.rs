@@ -190,11 +190,14 @@ async fn prepare(options: &SqliteConnectOptions, patience: Patience) -> std::res
 async fn prepare_once(options: &SqliteConnectOptions) -> std::result::Result<SqliteConnection, Fault> {
     let mut connection = options.connect().await?;
     // Again, now that a journal left behind is rolled back and before the first write: what the precheck could not see.
-    schema::inspect(&mut connection).await?;
+    let found = schema::inspect(&mut connection).await?;
     let mode: String = sqlx::query_scalar("PRAGMA journal_mode = WAL").fetch_one(&mut connection).await?;
     if !mode.eq_ignore_ascii_case("wal") {
         let text = format!("SQLite keeps journal mode {mode} here where hapax needs WAL: use a local file system");
         return Err(Fault::configuration(text));
+    }
+    if found == Some(schema::SCHEMA_VERSION) {
+        return Ok(connection);
     }
     // Nobody else can write from here on, so what is checked now is what is changed.
     sqlx::query("BEGIN IMMEDIATE").execute(&mut connection).await?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use hapax::record::Moment;
 use hapax::{Claim, ClaimRequest, ConsumerId, ErrorKind, Lease, Outcome, Recorded, Renewal, Result};
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
+use sqlx::{ConnectOptions, Connection, SqliteConnection};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::batch::Batch;
@@ -278,6 +278,16 @@ impl Writer {
 
     /// A call with a transaction of its own.
     async fn alone(&mut self, call: Call) {
+        // A consumer that is registered already needs no lock: a start must not wait for another process' handler.
+        if let Call::Open(name, retention, _) = &call
+            && let Ok(connection) = self.connected().await
+            && let Ok(Some(id)) = registered(connection, name, *retention).await
+        {
+            if let Call::Open(.., reply) = call {
+                let _gone = reply.send(Ok(id)).is_err();
+            }
+            return;
+        }
         let lock = Arc::clone(&self.lock);
         let Ok(_permit) = lock.acquire().await else {
             return call.fail(&Fault::new(ErrorKind::Unavailable, "the store is closed"));
@@ -373,13 +383,25 @@ async fn open(
     name: &str,
     retention: Duration,
 ) -> std::result::Result<ConsumerId, Fault> {
-    let retention = integer(u64::try_from(retention.as_micros()).unwrap_or(u64::MAX));
     let register = "INSERT INTO hapax_consumer (name, retention) VALUES (?, ?) \
-        ON CONFLICT (name) DO UPDATE SET retention = excluded.retention WHERE retention <> excluded.retention";
-    sqlx::query(register).bind(name).bind(retention).execute(&mut *connection).await?;
-    let row = sqlx::query("SELECT id FROM hapax_consumer WHERE name = ?").bind(name).fetch_one(connection).await?;
-    let id = u32::try_from(row.try_get::<i64, _>(0)?).ok().filter(|id| *id > 0);
-    id.map(ConsumerId).ok_or_else(|| Fault::incompatible(format!("consumer {name} has a number out of range")))
+        ON CONFLICT (name) DO UPDATE SET retention = excluded.retention";
+    sqlx::query(register).bind(name).bind(micros(retention)).execute(&mut *connection).await?;
+    let id = registered(connection, name, retention).await?;
+    id.ok_or_else(|| Fault::incompatible(format!("consumer {name} has a number out of range")))
+}
+
+async fn registered(
+    connection: &mut SqliteConnection,
+    name: &str,
+    retention: Duration,
+) -> std::result::Result<Option<ConsumerId>, Fault> {
+    let find = sqlx::query_scalar("SELECT id FROM hapax_consumer WHERE name = ? AND retention = ?");
+    let id: Option<i64> = find.bind(name).bind(micros(retention)).fetch_optional(connection).await?;
+    Ok(id.and_then(|id| u32::try_from(id).ok()).filter(|id| *id > 0).map(ConsumerId))
+}
+
+fn micros(duration: Duration) -> i64 {
+    integer(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX))
 }
 
 fn tell(place: &Mutex<Option<Fault>>, fault: Option<Fault>) {
