@@ -148,6 +148,7 @@ type Setting<W> = Rc<dyn Fn() -> LocalBoxFuture<(Arc<W>, Wire)>>;
 pub struct Explore<W> {
     setting: Setting<W>,
     message: Message,
+    on_crash: Rc<dyn Fn(&W)>,
     overlapping: bool,
     points_max: usize,
     deadline: Duration,
@@ -159,7 +160,7 @@ impl<W: 'static> Explore<W> {
 
     fn new(setting: Setting<W>, message: Message) -> Self {
         let (points_max, deadline) = (Self::POINTS_MAX, crate::Harness::DEADLINE);
-        Self { setting, message, overlapping: false, points_max, deadline }
+        Self { setting, message, on_crash: Rc::new(|_| ()), overlapping: false, points_max, deadline }
     }
 
     /// Production wiring in a fresh world for each run, on a broker and a store in memory.
@@ -182,8 +183,9 @@ impl<W: 'static> Explore<W> {
 
     /// Production wiring in a fresh world and on a fresh store for each run: for transactional handlers.
     ///
-    /// With a store on a disk or a server leave tokio's clock running and set a short lease in the wiring: after each
-    /// crash it is waited for.
+    /// With a store on a disk or a server leave tokio's clock running, since tokio would take waiting for it for idleness.
+    /// The lease is waited for after each crash, then: set a short one in the wiring, or step the store's clock with
+    /// [`on_crash`](Self::on_crash).
     pub fn with_store<E, S, T, U>(
         world: impl AsyncFn() -> (W, T) + 'static,
         wiring: impl Fn(&W, Arc<dyn Broker>, StageStore<T>) -> ConsumerBuilder<S, U> + 'static,
@@ -215,9 +217,17 @@ impl<W: 'static> Explore<W> {
         self
     }
 
+    /// Called when a process died or stands still, before another takes over: steps the clock of a store that has one of
+    /// its own, so that the lease is not waited for.
+    pub fn on_crash(mut self, crashed: impl Fn(&W) + 'static) -> Self {
+        self.on_crash = Rc::new(crashed);
+        self
+    }
+
     /// Explores pauses too: at each await point the process stands still beyond its lease, another runs the event to its
     /// end, and then the first goes on. What differs is in [`Report::overlapping`]. Only what is fenced, keyed or in the
-    /// store's transaction stands this.
+    /// store's transaction stands this. On SQLite a transaction that stands still holds the file, and nobody can take
+    /// over: not for its transactional handlers.
     pub fn overlapping(mut self) -> Self {
         self.overlapping = true;
         self
@@ -251,14 +261,9 @@ impl<W: 'static> Explore<W> {
         let single = self.single(&read).await;
         let ty = self.message.attributes.ty.clone().unwrap_or_default();
         let mut report = Report::new(&ty, format!("{single:#?}"));
-        // The run that gets past all await points without being struck has copies alone to cope with.
-        for number in 1.. {
-            assert!(number <= self.points_max, "more than {} await points: raise .points_max(..)", self.points_max);
-            let (point, run) = self.struck(Strike::Await(number), PointKind::Await(number), false, &read).await;
-            let Some(point) = point else {
-                report.add(Point::new(PointKind::Copies, None), single.unlike(&run));
-                break;
-            };
+        let copies = self.struck(None, false, &read).await;
+        report.add(Point::new(PointKind::Copies, None), single.unlike(&copies));
+        for (point, run) in self.at_each_await(single.awaits.clone(), false, &read).await {
             report.add(point, single.unlike(&run));
         }
         let behind = [
@@ -267,16 +272,54 @@ impl<W: 'static> Explore<W> {
             (Strike::BeforeAck, PointKind::BeforeAck),
         ];
         for (strike, kind) in behind {
-            if let (Some(point), run) = self.struck(strike, kind, false, &read).await {
-                report.add(point, single.unlike(&run));
+            let run = self.struck(Some(strike), false, &read).await;
+            if run.struck_at.is_some() {
+                report.add(Point::new(kind, None), single.unlike(&run));
             }
         }
-        for number in (1..=self.points_max).take_while(|_| self.overlapping) {
-            let (point, run) = self.struck(Strike::Await(number), PointKind::Await(number), true, &read).await;
-            let Some(point) = point else { break };
-            report.add_overlapping(point, single.unlike(&run));
+        if self.overlapping {
+            for (point, run) in self.at_each_await(single.awaits.clone(), true, &read).await {
+                report.add_overlapping(point, single.unlike(&run));
+            }
         }
         report
+    }
+
+    /// A run for each await point. Where handlers wait for files or servers, how often they wait differs from run to run:
+    /// so it goes on as long as any run did, and ends with the named points that were missed.
+    async fn at_each_await<R: PartialEq + Debug>(
+        &self,
+        mut most: Vec<Option<&'static str>>,
+        freezes: bool,
+        read: &impl AsyncFn(&W) -> R,
+    ) -> Vec<(Point, Outcome<R>)> {
+        let mut found: Vec<(Point, Outcome<R>)> = Vec::new();
+        let mut number = 0;
+        while number < most.len() {
+            number += 1;
+            assert!(number <= self.points_max, "more than {} await points: raise .points_max(..)", self.points_max);
+            let run = self.struck(Some(Strike::Await(number)), freezes, read).await;
+            match run.struck_at {
+                Some((at, name)) => found.push((Point::new(PointKind::Await(at), name), run)),
+                None if run.awaits.len() > most.len() => most.clone_from(&run.awaits),
+                None => {}
+            }
+        }
+        let named = most.iter().enumerate().filter_map(|(index, name)| {
+            let nth = most[..=index].iter().filter(|other| *other == name).count();
+            Some(((*name)?, nth))
+        });
+        for (name, nth) in named {
+            let struck = found.iter().filter(|(point, _)| point.name() == Some(name)).count();
+            if struck >= nth {
+                continue;
+            }
+            let run = self.struck(Some(Strike::Named(name, nth)), freezes, read).await;
+            if let Some((at, name)) = run.struck_at {
+                found.push((Point::new(PointKind::Await(at), name), run));
+            }
+        }
+        found
     }
 
     /// One delivery, undisturbed.
@@ -285,36 +328,36 @@ impl<W: 'static> Explore<W> {
         let mut stage = Stage::new(wire);
         stage.deliver(&self.message);
         if let Err(why) = stage.settle(self.deadline).await {
-            panic!("the undisturbed run does not end: {why}");
+            panic!("the undisturbed run: {why}");
         }
         let outcome = Outcome::of(&stage, &self.id(), read(&world).await, None);
         assert!(outcome.ran, "no handler ran for {:?}: is there a route for its type?", self.message.attributes.ty);
         outcome
     }
 
-    /// Two copies at once, the process struck at a point, then another copy. `None` if the point was not reached.
+    /// Two copies at once, the process struck at a point, then another copy.
     async fn struck<R: PartialEq + Debug>(
         &self,
-        strike: Strike,
-        kind: PointKind,
+        strike: Option<Strike>,
         freezes: bool,
         read: &impl AsyncFn(&W) -> R,
-    ) -> (Option<Point>, Outcome<R>) {
+    ) -> Outcome<R> {
         let (world, wire) = (self.setting)().await;
         let mut stage = Stage::new(wire);
-        stage.strikes.arm(strike, freezes);
+        if let Some(strike) = strike {
+            stage.strikes.arm(strike, freezes);
+        }
+        let (on_crash, of) = (Rc::clone(&self.on_crash), Arc::clone(&world));
+        stage.on_crash = Some(Box::new(move || on_crash(&of)));
         stage.deliver(&self.message);
         stage.deliver(&self.message);
         let mut left = stage.settle(self.deadline).await.err();
-        if freezes {
-            stage.thaw().await;
-        }
+        stage.thaw().await;
         stage.deliver(&self.message);
         if left.is_none() {
             left = stage.settle(self.deadline).await.err();
         }
-        let point = stage.strikes.point().map(|name| Point::new(kind, name));
-        (point, Outcome::of(&stage, &self.id(), read(&world).await, left))
+        Outcome::of(&stage, &self.id(), read(&world).await, left)
     }
 
     fn id(&self) -> String {
@@ -337,6 +380,8 @@ struct Outcome<R> {
     published: BTreeSet<String>,
     end: String,
     ran: bool,
+    awaits: Vec<Option<&'static str>>,
+    struck_at: Option<(usize, Option<&'static str>)>,
 }
 
 impl<R: Debug> Debug for Outcome<R> {
@@ -358,10 +403,19 @@ impl<R: PartialEq + Debug> Outcome<R> {
         let end = match (left, seen.as_ref().ok().and_then(|seen| seen.ended)) {
             (Some(left), _) => left,
             (None, Some(Ended::Processed)) => "processed".to_owned(),
-            (None, Some(Ended::DeadLettered)) => reason.map_or_else(String::new, |why| format!("dead-lettered as {why}")),
+            (None, Some(Ended::DeadLettered)) => {
+                reason.map_or_else(String::new, |why| format!("dead-lettered as {why}"))
+            }
             (None, None) => "neither processed nor dead-lettered".to_owned(),
         };
-        Self { state, published: published.collect(), end, ran: seen.is_ok_and(|seen| seen.runs > 0) }
+        Self {
+            state,
+            published: published.collect(),
+            end,
+            ran: seen.is_ok_and(|seen| seen.runs > 0),
+            awaits: stage.strikes.awaits(),
+            struck_at: stage.strikes.struck_at(),
+        }
     }
 
     /// Expected and actual, where they differ.

@@ -57,6 +57,9 @@ use crate::stage::{Ended, Seen, Stage, StageStore, Strike, message_of, wire};
 /// }
 /// ```
 ///
+/// Assertions name an event by its id, by source and id with a space between where two sources use one id, or, where the
+/// wiring takes ids from elsewhere, as records and dead letters name it: `header:x-order:17`.
+///
 /// Under tokio's paused clock retries, leases and timeouts take no time, and a run repeats exactly. With a store on a
 /// disk or a server leave the clock running, since tokio would take waiting for it for idleness, and set short delays
 /// and a short lease in the wiring.
@@ -78,7 +81,9 @@ impl Harness {
     pub const DEADLINE: Duration = Duration::from_hours(6);
 
     /// The wiring on a broker and a store in memory.
-    pub fn new<S, T>(wiring: impl Fn(Arc<dyn Broker>, StageStore<MemoryStore>) -> ConsumerBuilder<S, T> + 'static) -> Self
+    pub fn new<S, T>(
+        wiring: impl Fn(Arc<dyn Broker>, StageStore<MemoryStore>) -> ConsumerBuilder<S, T> + 'static,
+    ) -> Self
     where
         S: Send + Sync + 'static,
         T: ProcessedStore,
@@ -169,7 +174,10 @@ impl Harness {
     /// If the wiring took the store with [`StageStore::unwatched`].
     #[track_caller]
     pub fn crash_before_record(&mut self) {
-        assert!(self.stage.chronicle.sees_the_store(), "the wiring took the store unwatched: no crash can come before it");
+        assert!(
+            self.stage.chronicle.sees_the_store(),
+            "the wiring took the store unwatched: no crash can come before it"
+        );
         self.stage.strikes.arm(Strike::BeforeRecord, false);
     }
 

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hapax::{
-    Broker, BuildError, Consumer, ConsumerBuilder, ConsumerHandle, Error, ErrorKind, Event, Message, Outgoing, ProcessedStore, Publisher,
-    Result, Statistics,
+    Broker, BuildError, Consumer, ConsumerBuilder, ConsumerHandle, Error, ErrorKind, Event, Message, Outgoing,
+    ProcessedStore, Publisher, Result, Statistics,
 };
 use hapax_memory::MemoryBroker;
 use tokio::task::JoinHandle;
@@ -24,8 +24,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use broker::StageBroker;
 pub(crate) use chronicle::{Chronicle, Ended, Seen};
-pub(crate) use life::{Life, Strike, Strikes};
 pub use life::crash_point;
+pub(crate) use life::{Life, Strike, Strikes};
 pub use store::StageStore;
 
 pub(crate) type LocalBoxFuture<T> = Pin<Box<dyn Future<Output = T>>>;
@@ -110,6 +110,8 @@ pub(crate) struct Stage {
     pub(crate) strikes: Arc<Strikes>,
     pub(crate) published: Published,
     wire: Wire,
+    /// Told when a worker was struck, before another takes over.
+    pub(crate) on_crash: Option<Box<dyn Fn()>>,
     workers_max: usize,
     workers: Vec<Worker>,
     frozen: Vec<Worker>,
@@ -139,6 +141,7 @@ impl Stage {
             strikes: Arc::default(),
             published: Published::default(),
             wire,
+            on_crash: None,
             workers_max: 1,
             workers: Vec::new(),
             frozen: Vec::new(),
@@ -239,6 +242,9 @@ impl Stage {
     /// which nobody could tell them, then the workers themselves.
     pub(crate) async fn thaw(&mut self) {
         let frozen = std::mem::take(&mut self.frozen);
+        if frozen.is_empty() {
+            return;
+        }
         for worker in &frozen {
             worker.life.thaw_handlers();
         }
@@ -263,6 +269,7 @@ impl Stage {
             }
             // To the broker both are connections that broke.
             worker.broker.end_session();
+            self.on_crash.iter().for_each(|on_crash| on_crash());
             if worker.life.is_frozen() {
                 self.frozen.push(worker);
             }

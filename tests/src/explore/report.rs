@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// Where a process died, or stood still.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Point {
     kind: PointKind,
     name: Option<&'static str>,
@@ -75,7 +75,8 @@ impl fmt::Display for Difference {
         let (expected, actual): (Vec<_>, Vec<_>) = (self.expected.lines().collect(), self.actual.lines().collect());
         let least = expected.len().min(actual.len());
         let start = expected.iter().zip(&actual).take_while(|(a, b)| a == b).count();
-        let end = expected.iter().rev().zip(actual.iter().rev()).take(least - start).take_while(|(a, b)| a == b).count();
+        let end =
+            expected.iter().rev().zip(actual.iter().rev()).take(least - start).take_while(|(a, b)| a == b).count();
         for line in &expected[start..expected.len() - end] {
             writeln!(f, "    - {line}")?;
         }
@@ -106,12 +107,12 @@ impl Report {
     }
 
     pub(super) fn add(&mut self, point: Point, unlike: Unlike) {
-        self.differences.extend(differences(&point, unlike));
+        self.differences.extend(differences(point, unlike));
         self.points.push(point);
     }
 
     pub(super) fn add_overlapping(&mut self, point: Point, unlike: Unlike) {
-        self.overlapping.extend(differences(&point, unlike));
+        self.overlapping.extend(differences(point, unlike));
         self.paused += 1;
     }
 
@@ -155,8 +156,8 @@ impl Report {
     }
 }
 
-fn differences(point: &Point, unlike: Unlike) -> impl Iterator<Item = Difference> {
-    let of = |(what, expected, actual)| Difference { point: point.clone(), what, expected, actual };
+fn differences(point: Point, unlike: Unlike) -> impl Iterator<Item = Difference> {
+    let of = move |(what, expected, actual)| Difference { point, what, expected, actual };
     unlike.into_iter().map(of)
 }
 

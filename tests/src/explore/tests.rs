@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hapax::{Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Message, Otherwise, ProcessedStore, RetryPolicy};
+use hapax::{
+    Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Message, Otherwise, ProcessedStore, RetryPolicy,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Explore, PointKind, Report, explore};
@@ -80,11 +82,12 @@ fn caught(report: &Report) -> Vec<PointKind> {
 async fn a_handler_that_charges_twice_is_caught_at_the_points_behind_its_effect() {
     let report = explore(careless, &ORDER).state(World::default).read(World::charges).await;
     use PointKind::{Await, BeforeAck, BeforeRecord, Copies, Returned};
-    assert_eq!(points_of(&report), [Await(1), Await(2), Copies, Returned, BeforeRecord, BeforeAck]);
+    assert_eq!(points_of(&report), [Copies, Await(1), Await(2), Returned, BeforeRecord, BeforeAck]);
     assert_eq!(caught(&report), [Await(2), Returned, BeforeRecord], "{report}");
     assert_eq!(report.differences()[0].point.name(), Some("response"));
     let told = report.to_string();
-    for part in ["6 points explored, 3 make a difference", "await point 2 (response): another state", "    +     5,\n"] {
+    for part in ["6 points explored, 3 make a difference", "await point 2 (response): another state", "    +     5,\n"]
+    {
         assert!(told.contains(part), "{part:?} is missing in {told}");
     }
     assert!(!told.contains("    -"), "{told}");
@@ -180,7 +183,11 @@ async fn attempts_that_fail_by_themselves_are_explored_as_well() {
 
 #[tokio::test(start_paused = true)]
 async fn a_crash_that_uses_up_the_last_attempt_is_another_end() {
-    fn impatient<T: ProcessedStore>(world: &Arc<World>, broker: Arc<dyn Broker>, store: T) -> ConsumerBuilder<World, T> {
+    fn impatient<T: ProcessedStore>(
+        world: &Arc<World>,
+        broker: Arc<dyn Broker>,
+        store: T,
+    ) -> ConsumerBuilder<World, T> {
         Consumer::builder("billing", broker, store)
             .shared_state(Arc::clone(world))
             .retry(RetryPolicy::none())
@@ -221,6 +228,101 @@ async fn exploring_nothing_is_a_failure() {
 
 #[tokio::test(start_paused = true)]
 async fn the_same_exploration_tells_the_same() {
-    let run = async || explore(careless, &ORDER).state(World::default).overlapping().read(World::charges).await.to_string();
+    let run =
+        async || explore(careless, &ORDER).state(World::default).overlapping().read(World::charges).await.to_string();
     assert_eq!(run().await, run().await);
+}
+
+/// The transactional variant, against real files and with the clock running.
+mod in_transactions {
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::SystemTime;
+
+    use hapax::record::Moment;
+    use hapax_sqlite::{SqliteStore, SqliteTx, Synchronous, sqlx};
+
+    use super::*;
+
+    static FILES: AtomicU64 = AtomicU64::new(0);
+
+    struct Shop {
+        store: SqliteStore,
+        path: PathBuf,
+        passed_s: Arc<AtomicU64>,
+    }
+
+    impl Drop for Shop {
+        fn drop(&mut self) {
+            for ending in ["", "-wal", "-shm"] {
+                let mut file = self.path.clone().into_os_string();
+                file.push(ending);
+                // Not there, or still open: the directory is the system's to tidy.
+                let _ = std::fs::remove_file(file);
+            }
+        }
+    }
+
+    async fn shop() -> (Shop, SqliteStore) {
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("hapax-explore-{}-{number}.db", std::process::id()));
+        let passed_s = Arc::new(AtomicU64::new(0));
+        let passed = Arc::clone(&passed_s);
+        let clock = move || {
+            let machine = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+            Moment(0).after(machine).after(Duration::from_secs(passed.load(Ordering::SeqCst)))
+        };
+        let builder = SqliteStore::builder(&path).synchronous(Synchronous::Normal).clock(clock);
+        let store = builder.connect().await.unwrap();
+        sqlx::query("CREATE TABLE invoices (cents INTEGER NOT NULL)").execute(store.pool()).await.unwrap();
+        (Shop { store: store.clone(), path, passed_s }, store)
+    }
+
+    async fn invoices(shop: &Shop) -> Vec<i64> {
+        sqlx::query_scalar("SELECT cents FROM invoices").fetch_all(shop.store.pool()).await.unwrap()
+    }
+
+    async fn write(connection: &mut sqlx::SqliteConnection, cents: i64) -> Result<(), sqlx::Error> {
+        sqlx::query("INSERT INTO invoices (cents) VALUES (?)").bind(cents).execute(connection).await.map(drop)
+    }
+
+    fn wired<S: Send + Sync + 'static, T: ProcessedStore>(
+        state: S,
+        broker: Arc<dyn Broker>,
+        store: T,
+    ) -> ConsumerBuilder<S, T> {
+        Consumer::builder("billing", broker, store).otherwise(Otherwise::Ignore).state(state)
+    }
+
+    fn expire(shop: &Shop) {
+        shop.passed_s.fetch_add(60, Ordering::SeqCst);
+    }
+
+    #[tokio::test]
+    async fn a_handler_in_the_stores_transaction_passes_at_every_await_point() {
+        async fn invoice(event: OrderPlaced, mut tx: SqliteTx, _: Context<()>) -> Result<(), Failure> {
+            write(&mut tx, event.cents).await?;
+            crash_point("written").await;
+            Ok(())
+        }
+        let wiring = |_: &Shop, broker, store| wired((), broker, store).on_tx(invoice);
+        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).query(invoices).await;
+        report.assert_effects_once();
+        assert_eq!(report.single(), "[\n    5,\n]");
+        assert!(report.points().iter().any(|point| point.name() == Some("written")), "{:#?}", report.points());
+        assert!(report.points().iter().any(|point| point.kind() == PointKind::BeforeRecord), "{report}");
+    }
+
+    #[tokio::test]
+    async fn the_same_rows_written_beside_the_transaction_are_caught() {
+        async fn beside(event: OrderPlaced, cx: Context<sqlx::SqlitePool>) -> Result<(), Failure> {
+            write(&mut *cx.state().acquire().await?, event.cents).await?;
+            crash_point("written").await;
+            Ok(())
+        }
+        let wiring = |shop: &Shop, broker, store| wired(shop.store.pool().clone(), broker, store).on(beside);
+        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).query(invoices).await;
+        let names: Vec<_> = report.differences().iter().map(|difference| difference.point.name()).collect();
+        assert!(names.contains(&Some("written")), "{report}");
+    }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use hapax::{
-    Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Level, Message, Order, Otherwise, ProcessedStore, Reason,
+    Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Level, Message, Order, Otherwise, ProcessedStore,
+    Reason,
 };
 use serde::{Deserialize, Serialize};
 
@@ -155,7 +156,8 @@ async fn failures_are_retried_until_the_event_is_processed_or_dead_lettered_and_
     second.assert_dead_lettered("1", Reason::AttemptsExhausted);
     let told = failure_of(|| second.assert_processed("1"));
     assert!(told.starts_with("event 1 was to be processed, but was dead-lettered:\n"), "{told}");
-    for part in ["claimed by worker 1: attempt 3", "failed, to be tried again after", ": busy", "as attempts-exhausted"] {
+    for part in ["claimed by worker 1: attempt 3", "failed, to be tried again after", ": busy", "as attempts-exhausted"]
+    {
         assert!(told.contains(part), "{part:?} is missing in {told}");
     }
     let told = failure_of(|| second.assert_dead_lettered("1", Reason::Permanent));
@@ -228,7 +230,8 @@ async fn disorder_is_the_same_for_the_same_seed_and_another_for_another() {
 async fn an_ordered_broker_and_order_by_key_run_one_after_the_other() {
     let app = App::default();
     let wired = app.clone();
-    let mut harness = Harness::new(move |broker, store| billing(wired.clone(), broker, store).order(Order::PerKey)).ordered();
+    let mut harness =
+        Harness::new(move |broker, store| billing(wired.clone(), broker, store).order(Order::PerKey)).ordered();
     harness.deliver_together((1..=5).map(|n| order(&n.to_string(), n).with_partition_key("k")));
     harness.settle().await;
     assert_eq!((app.charges(), app.at_once_max.load(Ordering::SeqCst)), (vec![1, 2, 3, 4, 5], 1));
@@ -295,8 +298,8 @@ async fn an_event_is_found_by_an_id_that_is_taken_from_elsewhere() {
     harness.deliver(order("a", 5).with_header("x-order", "17"));
     harness.deliver(order("b", 5).with_header("x-order", "17"));
     harness.settle().await;
-    harness.assert_processed("17");
-    harness.assert_duplicate("17");
+    harness.assert_processed("header:x-order:17");
+    harness.assert_duplicate("header:x-order:17");
     assert_eq!(app.charges(), [5]);
 }
 
@@ -311,4 +314,41 @@ async fn a_store_taken_unwatched_still_tells_processed_from_duplicate() {
     harness.assert_duplicate("1");
     let told = failure_of(|| harness.crash_before_record());
     assert!(told.contains("unwatched"), "{told}");
+}
+
+/// Against a real file, with the clock running.
+#[tokio::test]
+async fn a_transactional_handler_that_crashes_before_its_commit_leaves_its_rows_once() {
+    use hapax_sqlite::{SqliteStore, SqliteTx, Synchronous, sqlx};
+
+    async fn invoice(event: OrderPlaced, mut tx: SqliteTx, _: Context<()>) -> Result<(), Failure> {
+        sqlx::query("INSERT INTO invoices (cents) VALUES (?)").bind(event.cents).execute(&mut *tx).await?;
+        Ok(())
+    }
+    fn wiring<T: hapax::TransactionalStore<Tx = SqliteTx>>(broker: impl Broker, store: T) -> ConsumerBuilder<(), T> {
+        let builder = Consumer::builder("billing", broker, store).lease(Duration::from_secs(1));
+        builder.on_tx(invoice).otherwise(Otherwise::Ignore)
+    }
+
+    let path = std::env::temp_dir().join(format!("hapax-harness-{}.db", std::process::id()));
+    let store = SqliteStore::builder(&path).synchronous(Synchronous::Normal).connect().await.unwrap();
+    sqlx::query("CREATE TABLE invoices (cents INTEGER NOT NULL)").execute(store.pool()).await.unwrap();
+    let mut harness = Harness::with_store(store.clone(), wiring);
+    harness.crash_before_record();
+    let id = harness.deliver_event(&OrderPlaced { cents: 5 });
+    harness.deliver_again(&id);
+    harness.settle().await;
+    harness.assert_processed(&id);
+    harness.assert_duplicate(&id);
+    harness.assert_attempts(&id, 2);
+    let rows: Vec<i64> = sqlx::query_scalar("SELECT cents FROM invoices").fetch_all(store.pool()).await.unwrap();
+    assert_eq!(rows, [5]);
+    drop(harness);
+    store.close().await;
+    for ending in ["", "-wal", "-shm"] {
+        let mut file = path.clone().into_os_string();
+        file.push(ending);
+        // SQLite takes the others along when it closes.
+        let _ = std::fs::remove_file(file);
+    }
 }

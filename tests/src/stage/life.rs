@@ -56,6 +56,8 @@ pub async fn crash_point(name: &'static str) {
 pub(crate) enum Strike {
     /// When a handler has let go so many times, over all handlers.
     Await(usize),
+    /// When a handler waits at the point of this name for the so manieth time.
+    Named(&'static str, usize),
     /// When a handler has returned.
     Returned,
     /// When a record or a commit of success is on its way to the store.
@@ -75,9 +77,10 @@ pub(crate) struct Strikes {
 struct State {
     armed: Option<Strike>,
     freezes: bool,
-    awaits: usize,
-    /// The name of the point where it struck.
-    point: Option<Option<&'static str>>,
+    /// Every time that a handler let go, with the name of the point if it was one.
+    awaits: Vec<Option<&'static str>>,
+    /// Where it struck: after so many awaits, and the name of the point.
+    struck_at: Option<(usize, Option<&'static str>)>,
     failures: usize,
 }
 
@@ -89,9 +92,14 @@ impl Strikes {
         state.freezes = freezes;
     }
 
-    /// Whether something struck, and the name of the point.
-    pub(crate) fn point(&self) -> Option<Option<&'static str>> {
-        self.state().point
+    /// Whether something struck: after so many awaits, and the name of the point.
+    pub(crate) fn struck_at(&self) -> Option<(usize, Option<&'static str>)> {
+        self.state().struck_at
+    }
+
+    /// Every time that a handler let go, in order, with the name of the point if it was one.
+    pub(crate) fn awaits(&self) -> Vec<Option<&'static str>> {
+        self.state().awaits.clone()
     }
 
     /// The next so many calls to the store fail.
@@ -205,7 +213,7 @@ impl Life {
             return;
         }
         state.armed = None;
-        state.point = Some(name);
+        state.struck_at = Some((state.awaits.len(), name));
         let pace = if state.freezes { Pace::Frozen } else { Pace::Dead };
         drop(state);
         self.0.chronicle.struck(self.0.number, pace == Pace::Frozen);
@@ -253,11 +261,14 @@ impl Stepper for Life {
             self.0.chronicle.returned(lease);
             return self.strike_at(Strike::Returned, None);
         }
-        let awaits = {
+        let (awaits, of_name) = {
             let mut state = self.0.strikes.state();
-            state.awaits += 1;
-            state.awaits
+            state.awaits.push(name);
+            (state.awaits.len(), state.awaits.iter().filter(|other| **other == name).count())
         };
         self.strike_at(Strike::Await(awaits), name);
+        if let Some(name) = name {
+            self.strike_at(Strike::Named(name, of_name), Some(name));
+        }
     }
 }
