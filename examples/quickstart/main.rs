@@ -122,8 +122,9 @@ async fn run(args: Args) -> Result<ExitCode, String> {
 
     handles.iter().for_each(ConsumerHandle::stop);
     let drained: Vec<_> = workers.join_all().await;
+    let table = count_effects(&store).await;
     store.close().await;
-    report.sum_up(&broker, &handles, args.json);
+    report.sum_up(&broker, &handles, table, args.json);
     drained.into_iter().collect::<Result<(), _>>().map_err(|error| error.to_string())?;
     if ended? {
         return Ok(ExitCode::SUCCESS);
@@ -151,4 +152,10 @@ async fn open_store(args: &Args) -> Result<SqliteStore, String> {
     };
     prepared.await.map_err(|error| format!("{}: the table effects cannot be used: {error}", args.db.display()))?;
     Ok(store)
+}
+
+/// Rows of the table, and how many events they are of.
+async fn count_effects(store: &SqliteStore) -> Option<(i64, i64)> {
+    let count = "SELECT count(*), count(DISTINCT source || char(0) || id) FROM effects";
+    sqlx::query_as(count).fetch_one(store.pool()).await.ok()
 }

@@ -116,7 +116,7 @@ impl Report {
     }
 
     /// The summary, and the counts as JSON where they are asked for.
-    pub(crate) fn sum_up(&self, broker: &MemoryBroker, workers: &[ConsumerHandle], json: bool) {
+    pub(crate) fn sum_up(&self, broker: &MemoryBroker, workers: &[ConsumerHandle], table: Option<(i64, i64)>, json: bool) {
         self.tell_dead_letters(broker);
         let counts @ Counts { processed, duplicates, dead_lettered } = Counts::of(workers);
         let deliveries = counts.deliveries();
@@ -126,6 +126,9 @@ impl Report {
         );
         for (reason, count) in &*lock(&self.reasons) {
             let _ = writeln!(text, "  dead-lettered as {reason}: {count}");
+        }
+        if let Some((rows, events)) = table {
+            let _ = writeln!(text, "the table effects holds {rows} rows, of {events} events");
         }
         if json {
             let _ = writeln!(
