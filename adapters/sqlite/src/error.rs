@@ -15,6 +15,7 @@ mod code {
     pub(super) const LOCKED: i32 = 6;
     pub(super) const READONLY: i32 = 8;
     pub(super) const CORRUPT: i32 = 11;
+    pub(super) const FULL: i32 = 13;
     pub(super) const CANTOPEN: i32 = 14;
     pub(super) const TOOBIG: i32 = 18;
     pub(super) const CONSTRAINT: i32 = 19;
@@ -65,10 +66,12 @@ impl Fault {
         matches!(self.source.as_deref().and_then(primary_code), Some(code::BUSY | code::LOCKED))
     }
 
-    /// A commit whose answer was lost or whose write failed may have taken place.
+    /// A commit whose answer was lost or whose write failed may have taken place; one that found no room or no lock has
+    /// not.
     pub(crate) fn at_commit(self) -> Self {
-        match self.kind {
-            ErrorKind::Unavailable if !self.is_busy() => Self { kind: ErrorKind::Unknown, ..self },
+        match self.source.as_deref().and_then(primary_code) {
+            Some(code::FULL | code::BUSY | code::LOCKED) => self,
+            _ if self.kind == ErrorKind::Unavailable => Self { kind: ErrorKind::Unknown, ..self },
             _ => self,
         }
     }

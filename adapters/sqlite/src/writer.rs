@@ -4,7 +4,6 @@
 //! waits for nobody. The lock that it takes for each commit is shared with transactional handlers, first come first
 //! served, so that neither waits in SQLite's busy loop for the other.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -138,9 +137,9 @@ pub(crate) struct Writer {
 impl Writer {
     /// Serves until the last sender is gone or the store is closed.
     pub(crate) async fn run(mut self, mut calls: mpsc::Receiver<Call>) {
-        let mut waiting = VecDeque::new();
+        let mut next = None;
         loop {
-            let first = match waiting.pop_front() {
+            let first = match next.take() {
                 Some(call) => call,
                 None => match calls.recv().await {
                     Some(call) => call,
@@ -164,7 +163,7 @@ impl Writer {
                         group.push(call);
                     }
                     Ok(call) => {
-                        waiting.push_back(call);
+                        next = Some(call);
                         break;
                     }
                     Err(_) => break,

@@ -1,6 +1,7 @@
 //! Several processes on one file, and processes that are killed: what was acknowledged stays, each effect is there once.
 //!
 //! The worker processes are this test program itself, started for [`worker`] with the file in the environment.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fixture;
 

@@ -1,10 +1,11 @@
 //! Effects and mark commit together or not at all, and no transaction is left open, whatever the handler does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fixture;
 
 use std::future::Future;
 use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use fixture::{Folder, LEASE, claim, failed, key, lease, process, store};
@@ -156,7 +157,7 @@ async fn a_handler_dropped_at_any_await_leaves_no_open_transaction() {
 async fn dropped_after(polls: u64, future: impl Future) -> bool {
     let mut future = pin!(future);
     for _ in 0..polls {
-        if let Poll::Ready(_) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        if future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
             return true;
         }
         // SQLite works on a thread of its own: give it the time to answer.
@@ -236,4 +237,28 @@ async fn a_deferred_constraint_fails_the_commit_and_leaves_nothing() {
     assert_eq!(store.commit(lent).await.unwrap_err().kind(), ErrorKind::Rejected);
     assert_eq!(status(&store, 1).await, Some(Status::Claimed));
     process(&store, consumer, 2..3).await;
+}
+
+/// A handler that goes on after SQLite found no room: what it wrote and the mark still go together.
+#[tokio::test]
+async fn a_full_disk_inside_a_handler_is_all_or_nothing() {
+    let folder = Folder::new();
+    let (store, _clock, consumer) = with_effects(&folder).await;
+    let held = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    sqlx::query("PRAGMA max_page_count = 20").execute(&mut *tx).await.unwrap();
+    effect(&mut tx, 1).await.unwrap();
+    let full = sqlx::query("INSERT INTO effects SELECT zeroblob(200000)").execute(&mut *tx).await.unwrap_err();
+    assert_eq!(full.as_database_error().unwrap().code().unwrap(), "13", "{full}");
+    let goes_on = effect(&mut tx, 2).await.is_ok();
+    drop(tx);
+    let recorded = store.record_in(&mut lent, &[(held, Outcome::Processed)]).await;
+    if recorded.is_ok() {
+        store.commit(lent).await.unwrap();
+        let written = 1 + i64::from(goes_on);
+        assert_eq!((effects(&store).await, status(&store, 1).await), (written, Some(Status::Processed)));
+    } else {
+        drop(lent);
+        assert_eq!((effects(&store).await, status(&store, 1).await), (0, Some(Status::Claimed)));
+    }
 }
