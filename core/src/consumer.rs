@@ -12,6 +12,7 @@ mod keepalive;
 mod lanes;
 mod lives;
 mod pipeline;
+mod runners;
 mod shared;
 mod switch;
 mod verdict;
@@ -26,10 +27,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::builder::{ConsumerBuilder, MissingId};
 use self::engine::Engine;
 use self::shared::Shared;
-use crate::context::Stop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guarantee::Guarantee;
 use crate::health::{Health, Phase, Statistics};
+use crate::run::Stop;
 
 /// What is given back after the drain deadline has this long to be recorded and released.
 const GIVE_BACK: Duration = Duration::from_secs(3);

@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -13,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, type_name};
 use crate::message::Message;
 use crate::publisher::Outgoing;
+use crate::run::{Run, Stop};
 use crate::store::{EventKey, Lease, digest, hex};
 use crate::trace;
 
@@ -104,7 +104,7 @@ impl<S> Context<S> {
 
     /// Time until the handler's timeout; zero if it is over.
     pub fn remaining(&self) -> Duration {
-        self.run.deadline.saturating_duration_since(Instant::now())
+        self.run.deadline().saturating_duration_since(Instant::now())
     }
 
     /// The conversation: the message's `correlationid`, else its id.
@@ -202,113 +202,5 @@ impl<'a> Publish<'a> {
         }
         outbox.push(Outgoing { to: self.to.map(Into::into), message });
         Ok(())
-    }
-}
-
-/// Why a handler is to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Stop {
-    /// Its lease is lost: another may run the event.
-    LeaseLost,
-    /// The consumer shuts down.
-    Shutdown,
-    /// Its timeout is over.
-    Timeout,
-}
-
-/// One run of a handler: what its context shows, and how the runtime stops it.
-pub(crate) struct Run {
-    pub(crate) consumer: Arc<str>,
-    pub(crate) message: Arc<Message>,
-    pub(crate) lease: Lease,
-    crashes: u32,
-    deadline: Instant,
-    stop: AtomicU8,
-    shutdown_announced: AtomicBool,
-    token: OnceLock<CancellationToken>,
-    outbox: Mutex<Vec<Outgoing>>,
-}
-
-impl Run {
-    pub(crate) fn new(
-        consumer: Arc<str>,
-        message: Arc<Message>,
-        lease: Lease,
-        crashes: u32,
-        deadline: Instant,
-    ) -> Self {
-        Self {
-            consumer,
-            message,
-            lease,
-            crashes,
-            deadline,
-            stop: AtomicU8::new(0),
-            shutdown_announced: AtomicBool::new(false),
-            token: OnceLock::new(),
-            outbox: Mutex::default(),
-        }
-    }
-
-    /// Says that the consumer shuts down soon: the handler may finish, but should hurry.
-    pub(crate) fn announce_shutdown(&self) {
-        self.shutdown_announced.store(true, Ordering::SeqCst);
-        if let Some(token) = self.token.get() {
-            token.cancel();
-        }
-    }
-
-    pub(crate) fn is_shutdown_announced(&self) -> bool {
-        self.shutdown_announced.load(Ordering::SeqCst)
-    }
-
-    /// Ends the run, and says why; the first reason stays.
-    pub(crate) fn stop(&self, why: Stop) {
-        let code = match why {
-            Stop::LeaseLost => 1,
-            Stop::Shutdown => 2,
-            Stop::Timeout => 3,
-        };
-        let _ = self.stop.compare_exchange(0, code, Ordering::SeqCst, Ordering::SeqCst);
-        if let Some(token) = self.token.get() {
-            token.cancel();
-        }
-    }
-
-    pub(crate) fn stopped(&self) -> Option<Stop> {
-        match self.stop.load(Ordering::SeqCst) {
-            0 => None,
-            1 => Some(Stop::LeaseLost),
-            2 => Some(Stop::Shutdown),
-            _ => Some(Stop::Timeout),
-        }
-    }
-
-    fn token(&self) -> CancellationToken {
-        let token = self.token.get_or_init(CancellationToken::new).clone();
-        // The stop may have come before the token was there to see it.
-        if self.stopped().is_some() || self.is_shutdown_announced() {
-            token.cancel();
-        }
-        token
-    }
-
-    pub(crate) fn deadline(&self) -> Instant {
-        self.deadline
-    }
-
-    pub(crate) fn outbox(&self) -> std::sync::MutexGuard<'_, Vec<Outgoing>> {
-        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl fmt::Debug for Run {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Run")
-            .field("consumer", &self.consumer)
-            .field("lease", &self.lease)
-            .field("stopped", &self.stopped())
-            .finish_non_exhaustive()
     }
 }

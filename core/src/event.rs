@@ -15,11 +15,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::cloudevents;
-use crate::context::{Context, Run, Stop};
+use crate::context::Context;
 use crate::error::{Error, ErrorKind};
 use crate::handler::{Failure, Handler, IntoFailure, TxHandler};
 use crate::message::{Defect, Message};
 use crate::retry::RetryPolicy;
+use crate::run::{Run, Stop};
 use crate::store::{Outcome, Recorded, TransactionalStore};
 
 /// A message with a type, a version and a JSON form.

@@ -356,7 +356,10 @@ mod tests {
     #[test]
     fn a_question_mark_makes_any_error_retryable_and_classified_keeps_its_class() {
         let bare = || -> Result<(), Failure> { Ok(charge()?) };
-        let kept = || -> Result<(), Failure> { Ok(charge().classified()?) };
+        let kept = || -> Result<(), Failure> {
+            charge().classified()?;
+            Ok(())
+        };
         assert_eq!(bare().expect_err("it fails").kind(), FailureKind::Retryable { after: None });
         assert_eq!(kept().expect_err("it fails").kind(), FailureKind::Permanent);
     }

@@ -18,6 +18,7 @@ mod message;
 mod observer;
 mod publisher;
 mod retry;
+mod run;
 mod secret;
 mod service;
 mod settings;
@@ -31,7 +32,7 @@ pub use broker::{
     Settlement, Want,
 };
 pub use consumer::{Consumer, ConsumerBuilder, ConsumerHandle, MissingId};
-pub use context::{Context, PUBLISHED_MAX, Publish, Stop};
+pub use context::{Context, PUBLISHED_MAX, Publish};
 pub use dead_letter::{DEAD_LETTER_VERSION, DeadLetter, RESERVED_PREFIX, Reason};
 pub use error::{BoxError, Error, ErrorKind, Result};
 pub use event::{Effects, Event, Otherwise, Route};
@@ -46,6 +47,7 @@ pub use observer::{
 };
 pub use publisher::{Outgoing, Publisher};
 pub use retry::{Backoff, Over, RetryPolicy};
+pub use run::Stop;
 pub use secret::{SecretUrl, redact};
 pub use service::{ConsumerReport, Report, Service, ServiceHandle};
 pub use settings::{Order, Settings};

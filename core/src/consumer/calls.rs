@@ -106,7 +106,7 @@ impl Shared {
         call: for<'q> fn(&'q Self, &'q [Q]) -> Asked<'q, A>,
         answer: fn(A, Instant) -> R,
     ) {
-        let mut ranges = Vec::from([0..batch.requests.len()]);
+        let mut ranges: Vec<_> = std::iter::once(0..batch.requests.len()).collect();
         let mut waits = delays(STORE_RETRY_MAX);
         while let Some(range) = ranges.pop() {
             let asked = Instant::now();

@@ -1,7 +1,7 @@
 //! The engine: one future that drives every life of a consumer.
 //!
 //! A round polls the lives that were woken, launches the batches whose predecessor has returned, polls the calls under
-//! way, and takes what arrived. Handlers run on tasks of their own, so nothing of the user's blocks it.
+//! way, and takes what arrived. Handlers are polled by runners, so that one that blocks does not block it.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -15,8 +15,10 @@ use super::calls::Call;
 use super::intake::{Arrived, Intake};
 use super::lanes::{Lane, Lanes};
 use super::lives::Lives;
+use super::runners::Runners;
 use super::shared::Shared;
 use crate::broker::{Delivery, Want};
+use crate::error::{Error, ErrorKind};
 use crate::health::Phase;
 use crate::observer::Observed;
 use crate::settings::Order;
@@ -30,6 +32,7 @@ pub(super) struct Engine<F, L> {
     live: L,
     lives: Lives<F, Tag>,
     lanes: Option<Lanes<Delivery>>,
+    runners: Runners,
     calls: FuturesUnordered<Call>,
     intake: Intake,
     tick: Interval,
@@ -56,6 +59,7 @@ where
             live,
             lives: Lives::new(),
             lanes: (shared.order == Order::PerKey).then(Lanes::new),
+            runners: Runners::new(),
             calls: FuturesUnordered::new(),
             intake: Intake::new(Arc::clone(&shared.broker)),
             tick,
@@ -69,6 +73,7 @@ where
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..ROUNDS_MAX {
             let mut moved = self.poll_lives(cx);
+            moved |= self.runners.hand_over(&self.shared.started);
             self.shared.launch(|call| self.calls.push(call));
             moved |= self.poll_calls(cx);
             moved |= self.poll_intake(cx);
@@ -92,8 +97,9 @@ where
                 next.extend(lanes.leave(lane).map(|delivery| (delivery, lane)));
             }
         });
-        for (delivery, lane) in next {
-            self.start(delivery, Some(lane));
+        if !next.is_empty() {
+            let now = Instant::now();
+            next.into_iter().for_each(|(delivery, lane)| self.start(delivery, Some(lane), now));
         }
         polled
     }
@@ -138,7 +144,7 @@ where
     }
 
     fn arrived(&mut self, deliveries: Vec<Delivery>) {
-        let events = deliveries.len();
+        let (events, now) = (deliveries.len(), Instant::now());
         let mut bytes = 0;
         self.shared.broker_is_up();
         for delivery in deliveries {
@@ -148,18 +154,18 @@ where
             match self.lanes.as_mut().and_then(|lanes| Some((lanes, Lane::of(&delivery.message)?))) {
                 Some((lanes, lane)) => {
                     if let Some(delivery) = lanes.enter(lane, delivery) {
-                        self.start(delivery, Some(lane));
+                        self.start(delivery, Some(lane), now);
                     }
                 }
-                None => self.start(delivery, None),
+                None => self.start(delivery, None, now),
             }
         }
         self.shared.counters.delivered.add(events);
         self.shared.observe(&Observed::Received { events, bytes });
     }
 
-    fn start(&mut self, delivery: Delivery, lane: Option<Lane>) {
-        let tag = Tag { bytes: delivery.message.bytes(), lane, begun: Instant::now() };
+    fn start(&mut self, delivery: Delivery, lane: Option<Lane>, begun: Instant) {
+        let tag = Tag { bytes: delivery.message.bytes(), lane, begun };
         self.lives.start((self.live)(Arc::clone(&self.shared), delivery), tag);
     }
 
@@ -173,6 +179,9 @@ where
         self.tell_in_flight();
         if let Some(messages) = shared.broker.lag() {
             shared.observe(&Observed::Lag { messages });
+        }
+        if self.runners.is_broken() {
+            shared.fail(Error::new(ErrorKind::Internal, "run").because("a runner of handlers has ended"));
         }
         let due = shared.keepalive.due(now);
         shared.leases_lost(due.lost);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::context::{Run, Stop};
+use crate::run::{Run, Stop};
 use crate::store::{Lease, Renewal};
 
 /// The leases this consumer holds.

@@ -16,11 +16,11 @@ use super::shared::{Event, Place, Read, Shared, Suspect, Turned};
 use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
 use crate::broker::{Delivery, Settlement};
-use crate::context::{Run, Stop};
 use crate::dead_letter::Reason;
 use crate::event::{Ended, Ready};
 use crate::handler::{Failure, FailureKind};
 use crate::observer::{Duplicate, HandlerEnd, Observed};
+use crate::run::{Run, Stop};
 use crate::store::{History, Lease, Outcome, Recorded, Trouble};
 
 /// What a life does next.
@@ -167,9 +167,10 @@ impl Shared {
             Ok(ready) => ready,
             Err(failure) => return self.failed(delivery, event, &held, &grant, &failure).await,
         };
-        let run = Arc::new(self.begin(delivery, event, &grant));
+        let begun = Instant::now();
+        let run = Arc::new(self.begin(delivery, event, &grant, begun));
         held.watch(&run);
-        let end = self.handle(event, ready, &run).await;
+        let end = self.handle(event, ready, &run, begun).await;
         self.report(grant.place.as_ref(), &end);
         match end {
             End::Handler(Ended::Effect) => {
@@ -352,10 +353,11 @@ impl Shared {
         }
     }
 
-    /// Runs the handler on a tokio task of its own: a panic ends the task, a block stops one thread and not the engine.
-    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
-        let begun = Instant::now();
-        let end = self.spawned(event, ready, run).await;
+    /// Runs the handler, apart from the engine: a panic is its end, and one that blocks stops a runner and not the engine.
+    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>, begun: Instant) -> End {
+        let end = self.ended(event, ready, run).await;
+        let took = begun.elapsed();
+        self.transaction_took(event, took);
         let how = match &end {
             End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
             End::Handler(Ended::Failed(failure)) => match failure.kind() {
@@ -369,7 +371,7 @@ impl Shared {
             End::Stopped(Stop::Timeout) => HandlerEnd::TimedOut,
             End::Stopped(_) => HandlerEnd::Stopped,
         };
-        self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took: begun.elapsed() });
+        self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took });
         end
     }
 
@@ -392,8 +394,8 @@ impl Shared {
         }
     }
 
-    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>) -> Run {
-        let deadline = Instant::now() + self.timeout(event);
+    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>, now: Instant) -> Run {
+        let deadline = now + self.timeout(event);
         Run::new(Arc::clone(&self.name), Arc::clone(&delivery.message), grant.lease, grant.crashes(), deadline)
     }
 

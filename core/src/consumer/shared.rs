@@ -6,9 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use super::builder::{MissingId, Parts};
@@ -17,10 +15,10 @@ use super::coalesce::Coalescer;
 use super::copies::{Copies, Turn};
 use super::keepalive::Keepalive;
 use super::pipeline::End;
+use super::runners::Started;
 use super::switch::{Pass, Switch, SwitchSettings};
 use super::verdict::{self, Bounds, Delay};
 use crate::broker::{Broker, Delivery, Settlement};
-use crate::context::Run;
 use crate::dead_letter::{DeadLetter, Reason, cut};
 use crate::error::Error;
 use crate::event::{Otherwise, Ready, Resolved, RouteInfo, Routes, Start};
@@ -32,6 +30,7 @@ use crate::message::{Defect, DefectKind, Message, MessageLimits};
 use crate::observer::{Observed, Observer, Side};
 use crate::publisher::Publisher;
 use crate::retry::RetryPolicy;
+use crate::run::{Finish, Run, Stop};
 use crate::settings::{Order, Settings};
 use crate::stepping::{Stepped, Stepper};
 use crate::store::{
@@ -68,6 +67,7 @@ pub(super) struct Shared {
     pub(super) records: RecordCalls,
     pub(super) settles: SettleCalls,
     pub(super) publishes: PublishCalls,
+    pub(super) started: Started,
     pub(super) keepalive: Keepalive,
     pub(super) switch: Switch,
     copies: Copies,
@@ -210,6 +210,7 @@ impl Shared {
             records: Coalescer::new(s.batch_max),
             settles: Coalescer::new(s.batch_max),
             publishes: Coalescer::new(s.batch_max),
+            started: Started::default(),
             keepalive: Keepalive::new(s.lease),
             switch: Switch::new(switch),
             copies: Copies::default(),
@@ -301,7 +302,10 @@ impl Shared {
     }
 
     fn prepare(&self, start: &Arc<dyn Start>, message: &Arc<Message>, version: u32) -> Result<Box<dyn Ready>, Defect> {
-        start.prepare(message, version, self.limits.json_depth_max)
+        // A user's `Deserialize` runs here, in the engine: its panic must not end all lives.
+        let read = || start.prepare(message, version, self.limits.json_depth_max);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+            .unwrap_or_else(|panic| Err(Defect::undecodable(format!("reading it panicked: {}", panic_text(&*panic)))))
     }
 
     /// A claim for this event with a fresh token.
@@ -452,45 +456,39 @@ impl Shared {
         Ok(())
     }
 
-    /// Runs the handler on a tokio task of its own and waits for it, its stop, or its panic.
-    pub(super) async fn spawned(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
-        let begun = Instant::now();
+    /// Hands the handler to a runner and waits for its end, its stop, or its panic.
+    pub(super) async fn ended(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
         let mut running = ready.start(Arc::clone(run));
         if let Some(stepper) = &self.stepper {
             running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));
         }
         let span = trace::handler_span(&self.name, self.infos[event.route].name(), &run.message, &run.lease);
-        let handler = if span.is_disabled() { tokio::spawn(running) } else { tokio::spawn(running.instrument(span)) };
-        let mut handler = AbortOnDropHandle::new(handler);
-        let mut stopped = None;
-        let joined = std::future::poll_fn(|cx| match std::pin::Pin::new(&mut handler).poll(cx) {
-            std::task::Poll::Pending => {
-                stopped = run.stopped();
-                if stopped.is_some() { std::task::Poll::Ready(None) } else { std::task::Poll::Pending }
-            }
-            ready => ready.map(Some),
-        });
-        let joined = match joined.await {
-            Some(joined) => Some(joined),
-            None => {
-                handler.abort();
+        if !span.is_disabled() {
+            running = Box::pin(running.instrument(span));
+        }
+        self.started.push(running, Arc::clone(run));
+        let (finish, stopped) = match std::future::poll_fn(|cx| run.poll_end(cx)).await {
+            Ok(finish) => (Some(finish), None),
+            Err(stop) => {
+                run.cancel();
                 // It ends at its next await; one that blocks is waited for as long as a lease, then left behind.
-                tokio::time::timeout(self.settings.lease, handler).await.ok()
+                let finish = std::future::poll_fn(|cx| run.poll_finish(cx));
+                (tokio::time::timeout(self.settings.lease, finish).await.ok(), Some(stop))
             }
         };
-        if self.transactions_block && self.infos[event.route].transactional {
-            self.transaction_took(begun.elapsed());
-        }
-        match (joined, stopped) {
-            (Some(Ok(ended)), _) => End::Handler(ended),
-            (Some(Err(error)), _) if error.is_panic() => End::Panicked(panic_text(&*error.into_panic())),
+        match (finish, stopped) {
+            (Some(Finish::Returned(ended)), _) => End::Handler(ended),
+            (Some(Finish::Panicked(panic)), _) => End::Panicked(panic_text(&*panic)),
             (_, Some(stop)) => End::Stopped(stop),
-            // Cancelled without our asking: the runtime shuts down.
-            (_, None) => End::Stopped(crate::context::Stop::Shutdown),
+            (_, None) => End::Stopped(Stop::Shutdown),
         }
     }
 
-    fn transaction_took(&self, took: Duration) {
+    /// Learns how long transactions take, for those that hold up every other write.
+    pub(super) fn transaction_took(&self, event: &Event, took: Duration) {
+        if !self.transactions_block || !self.infos[event.route].transactional {
+            return;
+        }
         let took_us = (took.as_micros() as u64).max(1);
         let before = self.transaction_us.load(Ordering::Relaxed);
         let next = if before == 0 { took_us } else { before - before / 8 + took_us / 8 };
