@@ -82,7 +82,7 @@ async fn worker(
         .observer(Arc::clone(report) as Arc<_>)
         .build()
         .await
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.faults.iter().map(|fault| &*fault.what).collect::<Vec<_>>().join("; "))
 }
 
 #[tokio::main]
@@ -90,7 +90,7 @@ async fn main() -> ExitCode {
     match run(Args::parse()).await {
         Ok(code) => code,
         Err(why) => {
-            tell(format_args!("quickstart: {why}"));
+            tell(format_args!("quickstart: {}", why.replace('\n', " ")));
             ExitCode::from(2)
         }
     }
@@ -116,7 +116,7 @@ async fn run(args: Args) -> Result<ExitCode, String> {
             fed = feed => fed.map(|()| true),
             () = hapax::shutdown_signal() => Ok(false),
             Some(ended) = workers.join_next() => Err(why_it_ended(ended)),
-            () = show => Ok(false),
+            never = show => match never {},
         }
     };
 
@@ -150,7 +150,10 @@ async fn open_store(args: &Args) -> Result<SqliteStore, String> {
         sqlx::query(create).execute(store.pool()).await?;
         sqlx::query("SELECT source, id, type FROM effects LIMIT 0").execute(store.pool()).await
     };
-    prepared.await.map_err(|error| format!("{}: the table effects cannot be used: {error}", args.db.display()))?;
+    if let Err(error) = prepared.await {
+        store.close().await;
+        return Err(format!("{}: the table effects cannot be used: {error}", args.db.display()));
+    }
     Ok(store)
 }
 

@@ -1,6 +1,7 @@
 //! What is told while it runs (on standard error) and at the end (on standard output).
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt::{Arguments, Write as _};
 use std::io::{self, IsTerminal, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +75,7 @@ impl Report {
     }
 
     /// Tells dead letters as they come and, on a terminal, how far it is. Never ends.
-    pub(crate) async fn show(&self, broker: &MemoryBroker, workers: &[ConsumerHandle]) {
+    pub(crate) async fn show(&self, broker: &MemoryBroker, workers: &[ConsumerHandle]) -> Infallible {
         let terminal = io::stderr().is_terminal();
         let (mut counts, mut progress) = (Counts::default(), Instant::now());
         let mut ticks = interval(TICK);
@@ -116,7 +117,13 @@ impl Report {
     }
 
     /// The summary, and the counts as JSON where they are asked for.
-    pub(crate) fn sum_up(&self, broker: &MemoryBroker, workers: &[ConsumerHandle], table: Option<(i64, i64)>, json: bool) {
+    pub(crate) fn sum_up(
+        &self,
+        broker: &MemoryBroker,
+        workers: &[ConsumerHandle],
+        table: Option<(i64, i64)>,
+        json: bool,
+    ) {
         self.tell_dead_letters(broker);
         let counts @ Counts { processed, duplicates, dead_lettered } = Counts::of(workers);
         let deliveries = counts.deliveries();
