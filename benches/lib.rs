@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "benchmarks measure the real clock")]
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -48,9 +49,17 @@ fn allocations() -> Option<usize> {
     None
 }
 
-/// A handler that does nothing but give way once.
+/// A handler that does nothing but await once: something that is not ready at first, and wakes it.
 pub async fn noop(_: Arc<Message>, _: Context<()>) -> Result<(), Failure> {
-    tokio::task::yield_now().await;
+    let mut is_ready = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut is_ready, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
     Ok(())
 }
 

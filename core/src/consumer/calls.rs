@@ -210,17 +210,24 @@ impl Shared {
 
     /// Renews leases once; what could not be asked is asked at the next tick, until the lease is over.
     pub(super) async fn renew(&self, due: Vec<(usize, Lease)>) {
-        let sent = Instant::now();
         let leases: Vec<_> = due.iter().map(|(_, lease)| *lease).collect();
-        let renew = self.store.renew(&leases, self.settings.lease);
-        match self.in_time(Verb::Renew, leases.len(), renew).await {
-            Ok(answers) => {
-                self.store_is_up();
-                let lost = self.keepalive.renewed(&due, &answers, sent);
-                self.leases_lost(lost);
+        let mut ranges = Vec::from([0..due.len()]);
+        while let Some(range) = ranges.pop() {
+            let sent = Instant::now();
+            let renew = self.store.renew(&leases[range.clone()], self.settings.lease);
+            match self.in_time(Verb::Renew, range.len(), renew).await {
+                Ok(answers) => {
+                    self.store_is_up();
+                    let lost = self.keepalive.renewed(&due[range], &answers, sent);
+                    self.leases_lost(lost);
+                }
+                // A bad item costs the others nothing; alone it is lost when its time is over.
+                Err(error) if error.kind() == ErrorKind::Rejected => {
+                    ranges.extend(halves(range).into_iter().flatten());
+                }
+                Err(error) if error.is_retryable() => return self.store_is_down(&error),
+                Err(error) => return self.fail(error),
             }
-            Err(error) if error.is_retryable() => self.store_is_down(&error),
-            Err(error) => self.fail(error),
         }
     }
 

@@ -18,6 +18,9 @@ use super::lives::Lives;
 use crate::event::Running;
 use crate::run::{Finish, Run};
 
+/// After so many rounds a runner lets others have the thread.
+const ROUNDS_MAX: usize = 4;
+
 /// The runners of one consumer. Dropping them drops every handler, wherever it stands.
 pub(super) struct Runners {
     runners: Vec<Runner>,
@@ -89,7 +92,7 @@ impl Runner {
     }
 }
 
-/// Polls the handlers that were woken, once each, then says which have ended.
+/// Polls the handlers that were woken, then says which have ended.
 async fn run(inbox: Arc<Inbox>) {
     let mut handlers = Lives::new();
     let mut ended: Vec<Arc<Run>> = Vec::new();
@@ -101,7 +104,12 @@ async fn run(inbox: Arc<Inbox>) {
             let run = Arc::clone(&handler.run);
             handlers.start(handler, run);
         }
-        handlers.poll(cx, |run| ended.push(run));
+        // A handler that only gave way goes on at once, without a turn of the scheduler.
+        for _ in 0..ROUNDS_MAX {
+            if !handlers.poll(cx, |run| ended.push(run)) {
+                break;
+            }
+        }
         // Told at the end: a life that is woken puts the engine next in line on this thread, where a handler of this
         // round that blocks would hold it up.
         ended.drain(..).for_each(|run| run.tell());
