@@ -72,7 +72,6 @@ impl Shared {
             let shared = Arc::clone(self);
             launched(Box::pin(async move {
                 shared.settle_batch(batch).await;
-                shared.settles.returned();
             }));
         }
         if let Some(batch) = self.publishes.launch() {
@@ -138,10 +137,11 @@ impl Shared {
     }
 
     /// Settles until every item is answered or stale. A dead letter that cannot be placed is tried again: never acked,
-    /// never dropped.
+    /// never dropped. The next batch waits for a broker that is out of reach, but not for one letter without a place.
     async fn settle_batch(&self, batch: Batch<(Receipt, Settlement), std::result::Result<(), GivenUp>>) {
         let mut waits = delays(BROKER_RETRY_MAX);
         let mut open: Vec<usize> = (0..batch.requests.len()).collect();
+        let mut next_waits = true;
         while !open.is_empty() {
             // The first time it is the whole batch as it is; later the few that failed.
             let again: Vec<_>;
@@ -156,24 +156,44 @@ impl Shared {
                 Ok(results) => results,
                 Err(error) => (0..items.len()).map(|_| Err(Error::new(error.kind(), "settle"))).collect(),
             };
-            let mut failed = Vec::new();
+            let (mut failed, mut out_of_reach) = (Vec::new(), false);
             for (index, result) in open.into_iter().zip(results) {
                 match result {
                     Ok(()) => batch.answer(index, [Ok(())]),
                     Err(error) if error.kind() == ErrorKind::Stale => batch.answer(index, [Err(GivenUp::Stopped)]),
                     Err(error) => {
-                        self.broker_is_down(&error);
+                        if is_of_broker(&error, &batch.requests[index].1) {
+                            out_of_reach = true;
+                            self.broker_is_down(&error);
+                        } else {
+                            self.settlement_failed(&error);
+                        }
                         failed.push(index);
                     }
                 }
             }
-            open = failed;
-            if open.is_empty() {
+            if !out_of_reach && failed.len() < items.len() {
                 self.broker_is_up();
-            } else if !self.pause(&mut waits).await {
+            }
+            open = failed;
+            if next_waits && !out_of_reach {
+                next_waits = false;
+                self.settles.returned();
+                // The engine looks for the next batch when it is woken.
+                tokio::task::yield_now().await;
+            }
+            if !open.is_empty() && !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
             }
         }
+        if next_waits {
+            self.settles.returned();
+        }
+    }
+
+    fn settlement_failed(&self, error: &Error) {
+        let error = self.error_text(&error.to_string());
+        tracing::warn!(consumer = &*self.name, %error, "a settlement failed; it is tried again and keeps its delivery");
     }
 
     /// Publishes until every item is answered or refused.
@@ -268,6 +288,12 @@ impl Shared {
             () = tokio::time::sleep(wait) => true,
         }
     }
+}
+
+/// Whether a settlement failed because the broker is out of reach, and not because of this one item: a dead letter has a
+/// place of its own, which can be missing or full.
+fn is_of_broker(error: &Error, settlement: &Settlement) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown) && !matches!(settlement, Settlement::DeadLetter(_))
 }
 
 fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {
