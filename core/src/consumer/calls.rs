@@ -231,7 +231,7 @@ impl Shared {
     /// Renews leases once; what could not be asked is asked at the next tick, until the lease is over.
     pub(super) async fn renew(&self, due: Vec<(usize, Lease)>) {
         let leases: Vec<_> = due.iter().map(|(_, lease)| *lease).collect();
-        let mut ranges = Vec::from([0..due.len()]);
+        let mut ranges = std::iter::once(0..due.len()).collect::<Vec<_>>();
         while let Some(range) = ranges.pop() {
             let sent = Instant::now();
             let renew = self.store.renew(&leases[range.clone()], self.settings.lease);
@@ -293,7 +293,8 @@ impl Shared {
 /// Whether a settlement failed because the broker is out of reach, and not because of this one item: a dead letter has a
 /// place of its own, which can be missing or full.
 fn is_of_broker(error: &Error, settlement: &Settlement) -> bool {
-    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown) && !matches!(settlement, Settlement::DeadLetter(_))
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown)
+        && !matches!(settlement, Settlement::DeadLetter(_))
 }
 
 fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::calls::{self, GivenUp};
 use super::keepalive::Held;
-use super::shared::{Event, Place, Read, Shared, Suspect, Turned};
+use super::shared::{Event, Place, Rare, Read, Shared, Suspect, Turned};
 use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
 use crate::broker::{Delivery, Settlement};
@@ -121,31 +121,33 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
 impl Shared {
     /// An event during which a process died before: one after the other, so that innocents beside a killer do not
     /// reach the crash limit with it. Who has not the turn gives its claim back and waits unclaimed.
-    async fn run_alone<'a>(
+    fn run_alone<'r, 'a: 'r>(
         &'a self,
-        delivery: &Delivery,
-        event: &mut Event,
+        delivery: &'r Delivery,
+        event: &'r mut Event,
         grant: Grant<'a>,
-        alone: &mut Option<tokio::sync::SemaphorePermit<'a>>,
-    ) -> Step {
-        if event.crashes_seen < grant.crashes() {
-            event.crashes_seen = grant.crashes();
-            self.observe(&Observed::TakenOver);
-        }
-        let suspect = Suspect::claimed(self);
-        if alone.is_none() {
-            *alone = self.alone.try_acquire().ok();
-        }
-        if alone.is_none() {
-            let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
-            return match self.record(grant.lease, outcome).await {
-                Ok(_) => Step::WaitAlone,
-                Err(given_up) => self.unrecorded(given_up),
-            };
-        }
-        // The others' claims are given back first: a crash of this process must not count for them.
-        suspect.is_the_only_one().await;
-        self.run(delivery, event, grant).await
+        alone: &'r mut Option<tokio::sync::SemaphorePermit<'a>>,
+    ) -> Rare<'r, Step> {
+        Box::pin(async move {
+            if event.crashes_seen < grant.crashes() {
+                event.crashes_seen = grant.crashes();
+                self.observe(&Observed::TakenOver);
+            }
+            let suspect = Suspect::claimed(self);
+            if alone.is_none() {
+                *alone = self.alone.try_acquire().ok();
+            }
+            if alone.is_none() {
+                let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
+                return match self.record(grant.lease, outcome).await {
+                    Ok(_) => Step::WaitAlone,
+                    Err(given_up) => self.unrecorded(given_up),
+                };
+            }
+            // The others' claims are given back first: a crash of this process must not count for them.
+            suspect.is_the_only_one().await;
+            self.run(delivery, event, grant).await
+        })
     }
 
     /// A granted claim: handler, record, and what is to be settled.
@@ -240,83 +242,98 @@ impl Shared {
     }
 
     /// A failure: either recorded for another attempt, or doomed.
-    async fn failed(
-        &self,
-        delivery: &Delivery,
-        event: &Event,
-        held: &Held<'_>,
-        grant: &Grant<'_>,
-        failure: &Failure,
-    ) -> Step {
-        let (lease, elapsed) = (grant.lease, grant.elapsed());
-        let trouble = self.trouble(delivery, &failure.to_string());
-        match verdict::after_failure(failure, lease.attempt, elapsed, self.retry(event), &self.bounds, self.chance()) {
-            Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
-            Verdict::Doom(reason) => {
-                let burial =
-                    Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
-                self.bury(delivery, held, burial).await
+    fn failed<'a>(
+        &'a self,
+        delivery: &'a Delivery,
+        event: &'a Event,
+        held: &'a Held<'a>,
+        grant: &'a Grant<'a>,
+        failure: &'a Failure,
+    ) -> Rare<'a, Step> {
+        Box::pin(async move {
+            let (lease, elapsed) = (grant.lease, grant.elapsed());
+            let trouble = self.trouble(delivery, &failure.to_string());
+            match verdict::after_failure(
+                failure,
+                lease.attempt,
+                elapsed,
+                self.retry(event),
+                &self.bounds,
+                self.chance(),
+            ) {
+                Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
+                Verdict::Doom(reason) => {
+                    let burial =
+                        Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
+                    self.bury(delivery, held, burial).await
+                }
             }
-        }
+        })
     }
 
     /// record Failed, then wait here or at the broker.
-    async fn failed_for(
-        &self,
-        delivery: &Delivery,
+    fn failed_for<'a>(
+        &'a self,
+        delivery: &'a Delivery,
         lease: Lease,
         trouble: Trouble,
         after: Duration,
         counted: bool,
-    ) -> Step {
-        match self.record(lease, Outcome::Failed { after, counted, trouble }).await {
-            Ok(Recorded::Fenced) => return self.fenced(),
-            Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
-            Ok(Recorded::Done | Recorded::AlreadyDone) => {}
-            Err(given_up) => return self.unrecorded(given_up),
-        }
-        self.counters.retried.one();
-        self.observe(&Observed::Retried { after, counted });
-        if self.is_draining() || !delivery.session.is_live() {
-            return self.released(counted);
-        }
-        self.wait_or_retry(after, after)
-    }
-
-    /// record Doomed -> settle DeadLetter -> record DeadLettered. In this order: a dead letter that was placed before
-    /// any mark would let the handler start again behind it. Doomed keeps the lease, which is held until the end, so that
-    /// copies wait; lost, another may place it too: a second copy of a dead letter, never a lost one.
-    async fn bury(&self, delivery: &Delivery, _held: &Held<'_>, burial: Burial) -> Step {
-        let Burial { lease, reason, trouble, recorded, attempts, first } = burial;
-        let dead_letter = self.dead_letter(delivery, reason, &trouble.error, attempts, first, Some(lease.fence));
-        if !recorded {
-            match self.record(lease, Outcome::Doomed { reason, trouble: trouble.clone() }).await {
+    ) -> Rare<'a, Step> {
+        Box::pin(async move {
+            match self.record(lease, Outcome::Failed { after, counted, trouble }).await {
                 Ok(Recorded::Fenced) => return self.fenced(),
                 Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
                 Ok(Recorded::Done | Recorded::AlreadyDone) => {}
                 Err(given_up) => return self.unrecorded(given_up),
             }
-        }
-        if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_err() {
-            return Step::Over;
-        }
-        self.counters.dead_lettered.one();
-        self.observe(&Observed::DeadLettered { reason, id: &trouble.id, error: &trouble.error });
-        if let Ok(Recorded::Fenced) = self.record(lease, Outcome::DeadLettered).await {
-            self.counters.fenced.one();
-            self.observe(&Observed::Fenced);
-        }
-        Step::Over
+            self.counters.retried.one();
+            self.observe(&Observed::Retried { after, counted });
+            if self.is_draining() || !delivery.session.is_live() {
+                return self.released(counted);
+            }
+            self.wait_or_retry(after, after)
+        })
+    }
+
+    /// record Doomed -> settle DeadLetter -> record DeadLettered. In this order: a dead letter that was placed before
+    /// any mark would let the handler start again behind it. Doomed keeps the lease, which is held until the end, so that
+    /// copies wait; lost, another may place it too: a second copy of a dead letter, never a lost one.
+    fn bury<'a>(&'a self, delivery: &'a Delivery, _held: &'a Held<'a>, burial: Burial) -> Rare<'a, Step> {
+        Box::pin(async move {
+            let Burial { lease, reason, trouble, recorded, attempts, first } = burial;
+            let dead_letter = self.dead_letter(delivery, reason, &trouble.error, attempts, first, Some(lease.fence));
+            if !recorded {
+                match self.record(lease, Outcome::Doomed { reason, trouble: trouble.clone() }).await {
+                    Ok(Recorded::Fenced) => return self.fenced(),
+                    Ok(Recorded::Vanished) => self.observe(&Observed::Vanished),
+                    Ok(Recorded::Done | Recorded::AlreadyDone) => {}
+                    Err(given_up) => return self.unrecorded(given_up),
+                }
+            }
+            if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_err() {
+                return Step::Over;
+            }
+            self.counters.dead_lettered.one();
+            self.observe(&Observed::DeadLettered { reason, id: &trouble.id, error: &trouble.error });
+            if let Ok(Recorded::Fenced) = self.record(lease, Outcome::DeadLettered).await {
+                self.counters.fenced.one();
+                self.observe(&Observed::Fenced);
+            }
+            Step::Over
+        })
     }
 
     /// Ends a claim that was not run, or was stopped by us: the attempt is given back, and so is the delivery.
-    async fn give_back_claim(&self, grant: &Grant<'_>) -> Step {
-        let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
-        match self.record(grant.lease, outcome).await {
-            Ok(Recorded::Fenced) => self.fenced(),
-            Ok(_) => self.released(false),
-            Err(given_up) => self.unrecorded(given_up),
-        }
+    fn give_back_claim<'a>(&'a self, grant: &'a Grant<'a>) -> Rare<'a, Step> {
+        Box::pin(async move {
+            let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
+            match self.record(grant.lease, outcome).await {
+                Ok(Recorded::Fenced) => self.fenced(),
+                Ok(_) => self.released(false),
+                Err(given_up) => self.unrecorded(given_up),
+            }
+        })
     }
 
     /// An outcome that could not be written. Nothing is settled: refused by the store for good, the event is asked for

@@ -1,5 +1,7 @@
 //! What all lives of a consumer share, and the small steps of a life that decide nothing.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -37,6 +39,9 @@ use crate::store::{
     ClaimRequest, ConsumerId, EventKey, Fingerprint, Lease, Outcome, ProcessedStore, Recorded, Trouble,
 };
 use crate::trace;
+
+/// A step that few lives take: boxed, so that the common life stays small enough to move and keep.
+pub(super) type Rare<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Everything that lives share. Nothing in it is locked across an await.
 pub(super) struct Shared {
@@ -338,7 +343,10 @@ impl Shared {
     /// when nothing may be started any more.
     pub(super) async fn admit(&self, delivery: &Delivery, event: &Event) -> Option<Place<'_>> {
         loop {
-            let pass = self.unless_draining(self.switch.pass()).await?;
+            let pass = match self.switch.try_pass() {
+                Some(pass) => pass,
+                None => Box::pin(self.unless_draining(self.switch.pass())).await?,
+            };
             // Closed when the consumer drains.
             let budget = match self.transaction_weight(event) {
                 Some(weight) => Some(self.transaction_budget.acquire_many(weight).await.ok()?),
@@ -383,20 +391,24 @@ impl Shared {
     }
 
     /// Waits for the turn of events with a crash in their history; `None` when the consumer drains.
-    pub(super) async fn turn_alone(&self) -> Option<SemaphorePermit<'_>> {
-        let _waits = Waits::new(&self.waiting);
-        self.unless_draining(self.alone.acquire()).await?.ok()
+    pub(super) fn turn_alone<'a>(&'a self) -> Rare<'a, Option<SemaphorePermit<'a>>> {
+        Box::pin(async move {
+            let _waits = Waits::new(&self.waiting);
+            self.unless_draining(self.alone.acquire()).await?.ok()
+        })
     }
 
     /// Waits here; false when the delivery is to be given back instead.
-    pub(super) async fn wait(&self, wait: Duration, delivery: &Delivery) -> bool {
-        let _waits = Waits::new(&self.waiting);
-        tokio::select! {
-            biased;
-            () = self.draining.cancelled() => false,
-            () = delivery.session.not_live() => false,
-            () = tokio::time::sleep(wait) => true,
-        }
+    pub(super) fn wait<'a>(&'a self, wait: Duration, delivery: &'a Delivery) -> Rare<'a, bool> {
+        Box::pin(async move {
+            let _waits = Waits::new(&self.waiting);
+            tokio::select! {
+                biased;
+                () = self.draining.cancelled() => false,
+                () = delivery.session.not_live() => false,
+                () = tokio::time::sleep(wait) => true,
+            }
+        })
     }
 
     async fn unless_draining<T>(&self, what: impl Future<Output = T>) -> Option<T> {
@@ -408,20 +420,29 @@ impl Shared {
     }
 
     /// Gives a delivery back that was not claimed.
-    pub(super) async fn give_back(&self, delivery: &Delivery) {
-        self.counters.released.one();
-        let _ = self.settle(delivery, Settlement::Release { counted: false }).await;
+    pub(super) fn give_back<'a>(&'a self, delivery: &'a Delivery) -> Rare<'a, ()> {
+        Box::pin(async move {
+            self.counters.released.one();
+            let _ = self.settle(delivery, Settlement::Release { counted: false }).await;
+        })
     }
 
     /// To the dead letters without a record: there is nothing that could be claimed, so it needs no token to come back.
-    pub(super) async fn set_aside_unrecorded(&self, delivery: &Delivery, reason: Reason, error: &str) {
-        let error = self.error_text(error);
-        let dead_letter = self.dead_letter(delivery, reason, &error, 0, Duration::ZERO, None);
-        if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_ok() {
-            self.counters.dead_lettered.one();
-            let id = delivery.message.attributes.id.as_deref().unwrap_or_default();
-            self.observe(&Observed::DeadLettered { reason, id, error: &error });
-        }
+    pub(super) fn set_aside_unrecorded<'a>(
+        &'a self,
+        delivery: &'a Delivery,
+        reason: Reason,
+        error: &'a str,
+    ) -> Rare<'a, ()> {
+        Box::pin(async move {
+            let error = self.error_text(error);
+            let dead_letter = self.dead_letter(delivery, reason, &error, 0, Duration::ZERO, None);
+            if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_ok() {
+                self.counters.dead_lettered.one();
+                let id = delivery.message.attributes.id.as_deref().unwrap_or_default();
+                self.observe(&Observed::DeadLettered { reason, id, error: &error });
+            }
+        })
     }
 
     /// Settles. An error says that the session ended or the calls were given up: the broker delivers again.

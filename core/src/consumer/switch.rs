@@ -74,6 +74,11 @@ impl Switch {
         self.lock().open.is_some()
     }
 
+    /// The pass that everybody gets while it is closed.
+    pub(super) fn try_pass(&self) -> Option<Pass<'_>> {
+        self.lock().open.is_none().then_some(Pass { switch: self, probe: false })
+    }
+
     /// Waits until a claim is allowed: at once while it is closed, as a probe when one is due. Cancel safe.
     pub(super) async fn pass(&self) -> Pass<'_> {
         loop {
