@@ -84,7 +84,7 @@ use crate::stage::{Ended, LocalBoxFuture, NoPublisher, Stage, StageStore, Strike
 const ID: &str = "explored";
 
 /// Explores `handler` with `event`: say where its state comes from, then what to read in it. See the
-/// [module](crate::explore) for an example.
+/// [module](mod@crate::explore) for an example.
 pub fn explore<E: Event, H>(handler: H, event: &E) -> ExploreHandler<E, H> {
     ExploreHandler { handler: Arc::new(handler), message: message_of(ID, event), event: std::marker::PhantomData }
 }

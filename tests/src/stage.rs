@@ -1,6 +1,6 @@
 //! The stage: production wiring on a broker in memory, with workers that can be ended or frozen at any point.
 //!
-//! What [`Harness`](crate::Harness) and [`explore`](crate::explore) share. A stage starts workers, replaces those that
+//! What [`Harness`](crate::Harness) and [`explore`](crate::explore()) share. A stage starts workers, replaces those that
 //! died, and waits until nothing is left; what it saw is in the [`Chronicle`].
 
 mod broker;
@@ -89,7 +89,7 @@ impl Publisher for Published {
     }
 }
 
-/// A publisher for wiring under test that wants one: whatever a [`Harness`](crate::Harness) or [`explore`](crate::explore)
+/// A publisher for wiring under test that wants one: whatever a [`Harness`](crate::Harness) or [`explore`](crate::explore())
 /// runs publishes to them. Used anywhere else it refuses.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoPublisher;

@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use hapax::{
-    Broker, Consumer, ConsumerBuilder, Context, Event, Failure, Message, Otherwise, ProcessedStore, RetryPolicy,
+    Broker, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Context, Event, Failure, Lease, Message,
+    Otherwise, Outcome, ProcessedStore, Recorded, Renewal, RetryPolicy, StoreHealth,
 };
+use hapax_memory::MemoryStore;
 use serde::{Deserialize, Serialize};
 
 use super::{Explore, PointKind, Report, explore};
@@ -216,6 +219,48 @@ async fn production_wiring_is_explored_with_any_message_of_its_own() {
     assert_eq!(report.differences().len(), 3, "{report}");
 }
 
+/// A store that remembers nothing: every claim is the first.
+#[derive(Clone, Default)]
+struct Forgetful(MemoryStore);
+
+#[async_trait]
+impl ProcessedStore for Forgetful {
+    async fn open(&self, consumer: &str, retention: Duration) -> hapax::Result<ConsumerId> {
+        self.0.open(consumer, retention).await
+    }
+
+    async fn claim(&self, batch: &[ClaimRequest], lease: Duration) -> hapax::Result<Vec<Claim>> {
+        let fresh = MemoryStore::new();
+        fresh.open("billing", Duration::from_secs(60)).await?;
+        fresh.claim(batch, lease).await
+    }
+
+    async fn renew(&self, leases: &[Lease], _: Duration) -> hapax::Result<Vec<Renewal>> {
+        Ok(leases.iter().map(|_| Renewal::Renewed).collect())
+    }
+
+    async fn record(&self, batch: &[(Lease, Outcome)]) -> hapax::Result<Vec<Recorded>> {
+        Ok(batch.iter().map(|_| Recorded::Done).collect())
+    }
+
+    async fn probe(&self) -> hapax::Result<StoreHealth> {
+        self.0.probe().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn copies_come_before_and_after_and_are_told_where_nothing_keeps_them_out() {
+    let wiring = |world: &Arc<World>, broker, store| {
+        let builder = Consumer::builder("billing", broker, store).shared_state(Arc::clone(world));
+        builder.on(careless).otherwise(Otherwise::Ignore)
+    };
+    let world = async || (Arc::<World>::default(), Forgetful::default());
+    let report = Explore::with_store(world, wiring, &ORDER).read(|world| world.charges()).await;
+    let copies = &report.differences()[0];
+    assert_eq!(copies.point.kind(), PointKind::Copies);
+    assert_eq!(copies.actual, "[\n    5,\n    5,\n    5,\n]", "two at once, and another behind them");
+}
+
 #[tokio::test(start_paused = true)]
 #[should_panic(expected = "no handler ran")]
 async fn exploring_nothing_is_a_failure() {
@@ -306,7 +351,7 @@ mod in_transactions {
             Ok(())
         }
         let wiring = |_: &Shop, broker, store| wired((), broker, store).on_tx(invoice);
-        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).query(invoices).await;
+        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).deadline(Duration::from_secs(20)).query(invoices).await;
         report.assert_effects_once();
         assert_eq!(report.single(), "[\n    5,\n]");
         assert!(report.points().iter().any(|point| point.name() == Some("written")), "{:#?}", report.points());
@@ -321,7 +366,7 @@ mod in_transactions {
             Ok(())
         }
         let wiring = |shop: &Shop, broker, store| wired(shop.store.pool().clone(), broker, store).on(beside);
-        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).query(invoices).await;
+        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).deadline(Duration::from_secs(20)).query(invoices).await;
         let names: Vec<_> = report.differences().iter().map(|difference| difference.point.name()).collect();
         assert!(names.contains(&Some("written")), "{report}");
     }
