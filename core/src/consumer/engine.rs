@@ -176,6 +176,7 @@ where
         let shared = &self.shared;
         let now = Instant::now();
         shared.vitals.beat();
+        self.runners.relieve();
         self.tell_in_flight();
         if let Some(messages) = shared.broker.lag() {
             shared.observe(&Observed::Lag { messages });

@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
@@ -30,6 +31,8 @@ pub(super) struct Runners {
 struct Runner {
     inbox: Arc<Inbox>,
     running: AbortOnDropHandle<()>,
+    /// The inbox' rounds when it was last looked at.
+    rounds_seen: u64,
 }
 
 /// Handlers on their way to a runner.
@@ -37,6 +40,14 @@ struct Runner {
 struct Inbox {
     handlers: Mutex<Vec<Handler>>,
     runner: AtomicWaker,
+    /// Begins and ends of rounds: odd inside one. A runner that stays there has a handler that blocks.
+    rounds: AtomicU64,
+}
+
+impl Inbox {
+    fn is_in_a_round(&self) -> bool {
+        self.rounds.load(Ordering::Relaxed) % 2 == 1
+    }
 }
 
 /// Handlers that were started in this round of the engine.
@@ -65,18 +76,42 @@ impl Runners {
         Self { runners: (0..threads).map(|_| Runner::new()).collect(), next: 0 }
     }
 
-    /// Hands the chunk of this round to the next runner. Answers whether there was one.
+    /// Hands the chunk of this round to the next runner that is free. Answers whether there was a chunk.
     pub(super) fn hand_over(&mut self, started: &Started) -> bool {
         let mut chunk = started.0.lock().unwrap_or_else(PoisonError::into_inner);
         if chunk.is_empty() {
             return false;
         }
-        let inbox = &self.runners[self.next].inbox;
-        self.next = (self.next + 1) % self.runners.len();
+        let chosen = self.free().unwrap_or(self.next);
+        let inbox = &self.runners[chosen].inbox;
+        self.next = (chosen + 1) % self.runners.len();
         inbox.handlers.lock().unwrap_or_else(PoisonError::into_inner).append(&mut chunk);
         drop(chunk);
         inbox.runner.wake();
         true
+    }
+
+    /// The next runner that is not inside a round, where it could be held up by a handler that blocks.
+    fn free(&self) -> Option<usize> {
+        let mut turns = (self.next..self.runners.len()).chain(0..self.next);
+        turns.find(|runner| !self.runners[*runner].inbox.is_in_a_round())
+    }
+
+    /// Takes what waits for a runner that has been inside one round since the last call, and hands it to a free one: to
+    /// be called once a tick.
+    pub(super) fn relieve(&mut self) {
+        for index in 0..self.runners.len() {
+            let free = self.free();
+            let runner = &mut self.runners[index];
+            let rounds = runner.inbox.rounds.load(Ordering::Relaxed);
+            let is_stuck = rounds % 2 == 1 && rounds == std::mem::replace(&mut runner.rounds_seen, rounds);
+            let Some(free) = free.filter(|_| is_stuck) else { continue };
+            let mut waiting =
+                std::mem::take(&mut *runner.inbox.handlers.lock().unwrap_or_else(PoisonError::into_inner));
+            let inbox = &self.runners[free].inbox;
+            inbox.handlers.lock().unwrap_or_else(PoisonError::into_inner).append(&mut waiting);
+            inbox.runner.wake();
+        }
     }
 
     /// Whether a runner has ended: it never does by itself.
@@ -88,7 +123,7 @@ impl Runners {
 impl Runner {
     fn new() -> Self {
         let inbox = Arc::<Inbox>::default();
-        Self { running: AbortOnDropHandle::new(tokio::spawn(run(Arc::clone(&inbox)))), inbox }
+        Self { running: AbortOnDropHandle::new(tokio::spawn(run(Arc::clone(&inbox)))), inbox, rounds_seen: 0 }
     }
 }
 
@@ -98,6 +133,7 @@ async fn run(inbox: Arc<Inbox>) {
     let mut ended: Vec<Arc<Run>> = Vec::new();
     let mut arrived = Vec::new();
     std::future::poll_fn(|cx| {
+        inbox.rounds.fetch_add(1, Ordering::Relaxed);
         inbox.runner.register(cx.waker());
         std::mem::swap(&mut arrived, &mut *inbox.handlers.lock().unwrap_or_else(PoisonError::into_inner));
         for handler in arrived.drain(..) {
@@ -113,6 +149,7 @@ async fn run(inbox: Arc<Inbox>) {
         // Told at the end: a life that is woken puts the engine next in line on this thread, where a handler of this
         // round that blocks would hold it up.
         ended.drain(..).for_each(|run| run.tell());
+        inbox.rounds.fetch_add(1, Ordering::Relaxed);
         Poll::<()>::Pending
     })
     .await;
