@@ -308,6 +308,7 @@ impl Broker for MemoryBroker {
                 Ok(answer) => return answer,
                 Err(None) => arrived.await,
                 Err(Some(until)) => tokio::select! {
+                    biased;
                     () = arrived => {}
                     () = tokio::time::sleep_until(until) => {}
                 },

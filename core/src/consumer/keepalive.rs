@@ -85,10 +85,12 @@ impl Keepalive {
         (self.lease / 12).clamp(Duration::from_millis(5), Duration::from_millis(250))
     }
 
-    /// Keeps a lease that was claimed by a request sent at `sent`. `waker` is the life's.
+    /// Keeps a lease that was claimed by a request sent at `sent`. `waker` is the life's. It is lost already where the
+    /// answer was heard too late: the process stood still, or its claim waited.
     pub(super) fn hold(&self, lease: Lease, sent: Instant, waker: Waker) -> Held<'_> {
         let mut table = self.lock();
-        let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost: false });
+        let lost = self.is_over(sent, Instant::now());
+        let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost });
         let index = match table.free.pop() {
             Some(index) => {
                 table.holds[index] = hold;
@@ -115,12 +117,10 @@ impl Keepalive {
             if hold.lost {
                 continue;
             }
-            let age = now.saturating_duration_since(hold.renewed);
-            // A tenth of the lease is the margin for clocks that run at different speeds.
-            if age >= self.lease - self.lease / 10 {
+            if self.is_over(hold.renewed, now) {
                 due.lost += 1;
                 hold.lose();
-            } else if age >= self.lease / 3 {
+            } else if now.saturating_duration_since(hold.renewed) >= self.lease / 3 {
                 due.renew.push((index, hold.lease));
             }
         }
@@ -163,6 +163,12 @@ impl Keepalive {
         }
     }
 
+    /// Whether a lease that was asked for or renewed at `since` may be another's by now. A tenth of it is the margin for
+    /// clocks that run at different speeds.
+    fn is_over(&self, since: Instant, now: Instant) -> bool {
+        now.saturating_duration_since(since) >= self.lease - self.lease / 10
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -175,5 +181,24 @@ impl Hold {
             run.stop(Stop::LeaseLost);
         }
         self.waker.wake_by_ref();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU64;
+
+    use super::*;
+    use crate::store::{ConsumerId, EventKey};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_whose_grant_is_heard_when_it_may_be_over_is_lost_from_the_start() {
+        let keepalive = Keepalive::new(Duration::from_secs(30));
+        let lease = Lease { consumer: ConsumerId(1), key: EventKey([1; 16]), fence: NonZeroU64::MIN, attempt: 1 };
+        let sent = Instant::now();
+        tokio::time::advance(Duration::from_millis(26_999)).await;
+        assert!(!keepalive.hold(lease, sent, Waker::noop().clone()).is_lost());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(keepalive.hold(lease, sent, Waker::noop().clone()).is_lost());
     }
 }

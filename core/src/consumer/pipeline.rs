@@ -78,7 +78,11 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                 }
                 Answer::Doom { lease, reason, recorded, history } => {
                     let held = p.keepalive.hold(lease, sent, waker().await);
-                    p.bury(&delivery, &held, Burial::at_claim(lease, reason, recorded, history)).await
+                    if held.is_lost() {
+                        Step::ClaimAgain
+                    } else {
+                        p.bury(&delivery, &held, Burial::at_claim(lease, reason, recorded, history)).await
+                    }
                 }
                 Answer::Duplicate { dead, ago } => p.ended_before(&mut event, dead, ago),
                 Answer::Conflict => {
