@@ -351,7 +351,11 @@ mod in_transactions {
             Ok(())
         }
         let wiring = |_: &Shop, broker, store| wired((), broker, store).on_tx(invoice);
-        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).deadline(Duration::from_secs(20)).query(invoices).await;
+        let report = Explore::with_store(shop, wiring, &ORDER)
+            .on_crash(expire)
+            .deadline(Duration::from_secs(20))
+            .query(invoices)
+            .await;
         report.assert_effects_once();
         assert_eq!(report.single(), "[\n    5,\n]");
         assert!(report.points().iter().any(|point| point.name() == Some("written")), "{:#?}", report.points());
@@ -366,7 +370,11 @@ mod in_transactions {
             Ok(())
         }
         let wiring = |shop: &Shop, broker, store| wired(shop.store.pool().clone(), broker, store).on(beside);
-        let report = Explore::with_store(shop, wiring, &ORDER).on_crash(expire).deadline(Duration::from_secs(20)).query(invoices).await;
+        let report = Explore::with_store(shop, wiring, &ORDER)
+            .on_crash(expire)
+            .deadline(Duration::from_secs(20))
+            .query(invoices)
+            .await;
         let names: Vec<_> = report.differences().iter().map(|difference| difference.point.name()).collect();
         assert!(names.contains(&Some("written")), "{report}");
     }

@@ -208,6 +208,8 @@ async fn a_store_that_fails_is_asked_again() {
     harness.settle().await;
     harness.assert_processed("1");
     assert_eq!(app.charges(), [5]);
+    let told = failure_of(|| harness.assert_duplicate("1"));
+    assert_eq!(told.matches("the store fails on purpose: claim").count(), 3, "{told}");
 }
 
 #[tokio::test(start_paused = true)]
