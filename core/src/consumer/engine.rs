@@ -61,7 +61,7 @@ where
             lanes: (shared.order == Order::PerKey).then(Lanes::new),
             runners: Runners::new(),
             calls: FuturesUnordered::new(),
-            intake: Intake::new(Arc::clone(&shared.broker)),
+            intake: Intake::new(Arc::clone(&shared.broker), shared.settings.call_timeout),
             tick,
             events: 0,
             bytes: 0,
@@ -117,6 +117,7 @@ where
         let Poll::Ready(arrived) = self.intake.poll(cx, room) else { return false };
         match arrived {
             Arrived::Deliveries(deliveries) => self.arrived(deliveries),
+            Arrived::Reached => self.shared.broker_is_up(),
             Arrived::Stopped => {
                 if !self.shared.is_draining() {
                     self.shared.ended_by_broker.notify_one();

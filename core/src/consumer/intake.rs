@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use backon::ExponentialBackoff;
-use tokio::time::{Duration, Sleep, sleep};
+use tokio::time::{Duration, Instant, Sleep, sleep};
 
 use super::calls::delays;
 use crate::broker::{Broker, Delivery, Want};
@@ -22,6 +22,11 @@ const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(5);
 pub(super) struct Intake {
     broker: Arc<dyn Broker>,
     receiving: Option<Receiving>,
+    receiving_since: Instant,
+    /// The last receive failed, and none has reached the broker since.
+    failed: bool,
+    /// A receive that waits for so long has reached it.
+    reached_after: Duration,
     pausing: Option<Pin<Box<Sleep>>>,
     waits: ExponentialBackoff,
     stopped: bool,
@@ -31,6 +36,8 @@ pub(super) struct Intake {
 pub(super) enum Arrived {
     /// Deliveries.
     Deliveries(Vec<Delivery>),
+    /// Nothing yet, but after a failure the broker is reached again.
+    Reached,
     /// The broker will deliver nothing more.
     Stopped,
     /// Receiving failed; it is tried again if that can help.
@@ -38,8 +45,19 @@ pub(super) enum Arrived {
 }
 
 impl Intake {
-    pub(super) fn new(broker: Arc<dyn Broker>) -> Self {
-        Self { broker, receiving: None, pausing: None, waits: delays(RECEIVE_RETRY_MAX), stopped: false }
+    /// `reached_after` is how long a call to the broker may take: it tells waiting for deliveries from waiting for the
+    /// broker.
+    pub(super) fn new(broker: Arc<dyn Broker>, reached_after: Duration) -> Self {
+        Self {
+            broker,
+            receiving: None,
+            receiving_since: Instant::now(),
+            failed: false,
+            reached_after,
+            pausing: None,
+            waits: delays(RECEIVE_RETRY_MAX),
+            stopped: false,
+        }
     }
 
     /// Receives up to `room`; `None` means that nothing may be taken now: a receive under way is dropped, which loses
@@ -55,10 +73,18 @@ impl Intake {
         }
         let receiving = self.receiving.get_or_insert_with(|| {
             let broker = Arc::clone(&self.broker);
+            self.receiving_since = Instant::now();
             Box::pin(async move { broker.receive(want).await })
         });
-        let result = std::task::ready!(receiving.as_mut().poll(cx));
+        let Poll::Ready(result) = receiving.as_mut().poll(cx) else {
+            if self.failed && self.receiving_since.elapsed() >= self.reached_after {
+                self.failed = false;
+                return Poll::Ready(Arrived::Reached);
+            }
+            return Poll::Pending;
+        };
         self.receiving = None;
+        self.failed = result.is_err();
         Poll::Ready(match result {
             Ok(deliveries) if deliveries.is_empty() => {
                 self.stopped = true;
