@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::calls::{self, GivenUp};
 use super::keepalive::Held;
-use super::shared::{Event, Place, Rare, Read, Shared, Suspect, Turned};
+use super::shared::{CROWDED, Event, Place, Rare, Read, Shared, Suspect, Turned};
 use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
 use crate::broker::{Delivery, Settlement};
@@ -91,11 +91,8 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                     let error = "the id is known with other data: publish it under a new id";
                     return p.set_aside_unrecorded(&delivery, Reason::Conflict, error).await;
                 }
-                Answer::Held(wait) => {
-                    p.observe(&Observed::Duplicate { of: Duplicate::Held, ago: None });
-                    p.wait_or_retry(wait, polls.next(wait))
-                }
-                Answer::NotYet(wait) => p.wait_or_retry(wait, wait),
+                Answer::Held(wait) => p.held_elsewhere(wait, &mut polls),
+                Answer::NotYet(wait) => p.not_due(wait),
             },
             Err(GivenUp::Refused(why)) => return p.set_aside_unrecorded(&delivery, Reason::Refused, &why).await,
             Err(GivenUp::Stopped) => Step::Over,
@@ -296,7 +293,7 @@ impl Shared {
             if self.is_draining() || !delivery.session.is_live() {
                 return self.released(counted);
             }
-            self.wait_or_retry(after, after)
+            self.not_due(after)
         })
     }
 
@@ -363,13 +360,32 @@ impl Shared {
         Step::ClaimAgain
     }
 
-    /// Waits here for `here`, unless `wait` is long or too many wait already: then the broker keeps it.
-    fn wait_or_retry(&self, wait: Duration, here: Duration) -> Step {
+    /// Another process holds the event and may be done at any time, long before its lease is over: it is asked for again
+    /// soon. Told once a delivery, however often it asks.
+    fn held_elsewhere(&self, wait: Duration, polls: &mut Polls) -> Step {
+        let is_first = polls.0 == 0;
+        let poll = polls.next(wait);
+        if is_first {
+            self.observe(&Observed::Duplicate { of: Duplicate::Held, ago: None });
+        }
+        match verdict::delay(wait.min(CROWDED), self.is_crowded(), &self.bounds) {
+            Delay::AtBroker(after) => Step::Settle(Settlement::Retry { after }),
+            Delay::Here(_) => {
+                if is_first {
+                    self.observe(&Observed::Waiting { wait });
+                }
+                Step::Wait(poll)
+            }
+        }
+    }
+
+    /// Waits here, unless the wait is long or too many wait already: then the broker keeps it.
+    fn not_due(&self, wait: Duration) -> Step {
         match verdict::delay(wait, self.is_crowded(), &self.bounds) {
             Delay::AtBroker(after) => Step::Settle(Settlement::Retry { after }),
             Delay::Here(_) => {
                 self.observe(&Observed::Waiting { wait });
-                Step::Wait(here)
+                Step::Wait(wait)
             }
         }
     }

@@ -187,7 +187,7 @@ impl Drop for Waits<'_> {
 }
 
 /// How long a copy stays at the broker when too many wait here.
-const CROWDED: Duration = Duration::from_secs(1);
+pub(super) const CROWDED: Duration = Duration::from_secs(1);
 
 /// The share of a lease that claims may wait for the one transaction of a store that blocks.
 const TRANSACTION_BUDGET: u32 = 64;
