@@ -3,6 +3,21 @@
 //! One file for each theme; each says which invariant it holds up. Tests that bear the name of a bug of another system
 //! cite its issue beside them.
 
+mod back_pressure;
+mod concurrent_duplicates;
+mod dead_letters;
 mod duplicates;
+mod health;
 mod journal;
+mod kill_switch;
+mod leases;
+mod order;
+mod outage;
+mod panics;
+mod pause_resume;
+mod redelivery;
+mod retries;
 mod rig;
+mod script;
+mod shutdown;
+mod zombies;

@@ -9,7 +9,8 @@
 //! billing.stop().await;
 //! ```
 //!
-//! Each start is a process of its own in one consumer group. Everything repeats exactly: seeds are fixed, the clock is
+//! Each start is a process of its own: those of one name compete, those of another name see every message for
+//! themselves. `rig.broker` looks at the group of `billing`. Everything repeats exactly: seeds are fixed, the clock is
 //! tokio's.
 
 use std::fmt;
@@ -37,10 +38,13 @@ pub(crate) const SOURCE: &str = "/shop";
 /// The type of [`event`].
 pub(crate) const TYPE: &str = "order.placed";
 /// How long a test waits for anything, by tokio's clock.
-pub(crate) const DEADLINE: Duration = Duration::from_hours(24);
+pub(crate) const DEADLINE: Duration = Duration::from_hours(6);
 
 /// The store as consumers of a rig see it.
 pub(crate) type Store = Journaled<FaultyStore>;
+
+/// A builder on a rig's broker and store.
+pub(crate) type Builder = ConsumerBuilder<(), Store>;
 
 /// An event with this id, and JSON data that tells it.
 pub(crate) fn event(id: &str) -> Message {
@@ -54,7 +58,7 @@ pub(crate) fn key(consumer: &str, id: &str) -> EventKey {
 
 /// One broker, one store, and everything that happens to them.
 pub(crate) struct Rig {
-    /// Does not consume: publishes, looks, redrives.
+    /// In the group of `billing`, but does not consume: publishes, looks, redrives.
     pub(crate) broker: MemoryBroker,
     pub(crate) store: MemoryStore,
     pub(crate) journal: Journal,
@@ -62,7 +66,7 @@ pub(crate) struct Rig {
     pub(crate) store_faults: FaultSwitch,
     /// Outages of the broker.
     pub(crate) broker_faults: FaultSwitch,
-    processes: AtomicU64,
+    pub(crate) processes: AtomicU64,
 }
 
 impl Rig {
@@ -82,7 +86,7 @@ impl Rig {
 
     pub(crate) fn with_faults(broker: MemoryBrokerBuilder, of_store: Faults, of_broker: Faults) -> Self {
         Self {
-            broker: broker.build(),
+            broker: broker.group("billing").build(),
             store: MemoryStore::builder().starts_at(Moment(1_000_000_000)).build(),
             journal: Journal::default(),
             store_faults: of_store.switch(),
@@ -93,7 +97,7 @@ impl Rig {
 
     /// A builder for another process, and the process' connection to the broker.
     pub(crate) fn process(&self, name: &str) -> (ConsumerBuilder<(), Store>, Arc<MemoryBroker>) {
-        let connection = Arc::new(self.broker.another());
+        let connection = Arc::new(self.broker.group(name));
         let faulty = FaultyBroker::new(Arc::clone(&connection) as _, self.broker_faults.clone());
         let broker = Journaled { inner: faulty, journal: self.journal.clone() };
         let seed = self.processes.fetch_add(1, Ordering::SeqCst);
@@ -152,7 +156,8 @@ impl Rig {
         let begun = Instant::now();
         while !is() {
             assert!(begun.elapsed() < DEADLINE, "never {what}:\n{}", self.journal.lines().join("\n"));
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            // Ever less often, so that a wait in vain ends soon.
+            tokio::time::sleep(Duration::from_millis(10) + begun.elapsed() / 50).await;
         }
     }
 
