@@ -52,10 +52,10 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         Read::Unfit(reason, error) => return p.set_aside_unrecorded(&delivery, reason, &error).await,
     };
     // Copies of one event in this process take turns: the second finds the first's record.
-    let _turn = match p.turn(event.key).await {
+    let _turn = match p.turn(event.key, &delivery).await {
         Turned::Yours(turn) => turn,
         Turned::Crowded(after) => return p.settle(&delivery, Settlement::Retry { after }).await.unwrap_or_default(),
-        Turned::Draining => return p.give_back(&delivery).await,
+        Turned::Over => return p.give_back(&delivery).await,
     };
     let mut request = p.request(&event, &delivery);
     let mut polls = Polls::default();
@@ -110,7 +110,7 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                     return p.give_back(&delivery).await;
                 }
             }
-            Step::WaitAlone => match p.turn_alone().await {
+            Step::WaitAlone => match p.turn_alone(&delivery).await {
                 Some(turn) => alone = Some(turn),
                 None => return p.give_back(&delivery).await,
             },

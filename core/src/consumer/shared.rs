@@ -138,8 +138,8 @@ pub(super) enum Turned<'a> {
     Yours(Turn<'a>),
     /// Too many wait already: the broker is to keep it for so long.
     Crowded(Duration),
-    /// The consumer drains.
-    Draining,
+    /// The consumer drains, or the session is taken away.
+    Over,
 }
 
 /// A claimed event with a crash in its history.
@@ -327,7 +327,7 @@ impl Shared {
     }
 
     /// Waits for this key's turn in this process.
-    pub(super) async fn turn(&self, key: EventKey) -> Turned<'_> {
+    pub(super) async fn turn(&self, key: EventKey, delivery: &Delivery) -> Turned<'_> {
         let mut turn = std::pin::pin!(self.copies.turn(key));
         if let Some(turn) = turn.as_mut().now_or_never() {
             return Turned::Yours(turn);
@@ -336,7 +336,7 @@ impl Shared {
             return Turned::Crowded(after);
         }
         let _waits = Waits::new(&self.waiting);
-        self.unless_draining(turn).await.map_or(Turned::Draining, Turned::Yours)
+        self.unless_over(delivery, turn).await.map_or(Turned::Over, Turned::Yours)
     }
 
     /// Waits until this delivery may be claimed: the kill switch lets it pass and a handler's permit is free. `None`
@@ -345,11 +345,14 @@ impl Shared {
         loop {
             let pass = match self.switch.try_pass() {
                 Some(pass) => pass,
-                None => Box::pin(self.unless_draining(self.switch.pass())).await?,
+                None => self.unless_over(delivery, self.switch.pass()).await?,
             };
             // Closed when the consumer drains.
             let budget = match self.transaction_weight(event) {
-                Some(weight) => Some(self.transaction_budget.acquire_many(weight).await.ok()?),
+                Some(weight) => {
+                    let budget = self.transaction_budget.acquire_many(weight);
+                    Some(self.unless_over(delivery, budget).await?.ok()?)
+                }
                 None => None,
             };
             let permit = match self.permits.try_acquire() {
@@ -390,11 +393,11 @@ impl Shared {
         if self.infos[event.route].transactional { self.transactions.acquire().await.ok() } else { None }
     }
 
-    /// Waits for the turn of events with a crash in their history; `None` when the consumer drains.
-    pub(super) fn turn_alone<'a>(&'a self) -> Rare<'a, Option<SemaphorePermit<'a>>> {
+    /// Waits for the turn of events with a crash in their history; `None` when the delivery is to be given back instead.
+    pub(super) fn turn_alone<'a>(&'a self, delivery: &'a Delivery) -> Rare<'a, Option<SemaphorePermit<'a>>> {
         Box::pin(async move {
             let _waits = Waits::new(&self.waiting);
-            self.unless_draining(self.alone.acquire()).await?.ok()
+            self.unless_over(delivery, self.alone.acquire()).await?.ok()
         })
     }
 
@@ -411,12 +414,20 @@ impl Shared {
         })
     }
 
-    async fn unless_draining<T>(&self, what: impl Future<Output = T>) -> Option<T> {
-        tokio::select! {
-            biased;
-            what = what => Some(what),
-            () = self.draining.cancelled() => None,
-        }
+    /// Waits for it, unless nothing may be started any more: the consumer drains, or the session is taken away.
+    fn unless_over<'a, T: 'a>(
+        &'a self,
+        delivery: &'a Delivery,
+        what: impl Future<Output = T> + Send + 'a,
+    ) -> Rare<'a, Option<T>> {
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                what = what => Some(what),
+                () = self.draining.cancelled() => None,
+                () = delivery.session.not_live() => None,
+            }
+        })
     }
 
     /// Gives a delivery back that was not claimed.
