@@ -154,7 +154,11 @@ async fn handlers_that_stand_still_bound_what_is_held() {
     let standing = rig.broker.standing();
     assert_eq!((standing.unsettled, standing.ready), (40, 960), "the rest stays at the broker");
     assert_eq!(runs.len(), 10);
-    let claimed = rig.journal.lines_of("store claim").into_iter().map(|line| line["store claim ".len()..].parse::<usize>().unwrap());
+    let claimed = rig
+        .journal
+        .lines_of("store claim")
+        .into_iter()
+        .map(|line| line["store claim ".len()..].parse::<usize>().unwrap());
     assert_eq!(claimed.sum::<usize>(), 10, "nothing is claimed that cannot run: a crash now touches ten events");
     assert_eq!(billing.handle.health().in_flight.events, 40);
 }
@@ -178,9 +182,8 @@ async fn one_in_flight_key_does_not_stall_others() {
 #[tokio::test(start_paused = true)]
 async fn what_waits_beyond_half_of_in_flight_goes_back_to_the_broker() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let not_yet = runs.answer(|run| {
-        if run.id.starts_with("waits") { Err(Failure::not_yet("later", seconds(4))) } else { Ok(()) }
-    });
+    let not_yet = runs
+        .answer(|run| if run.id.starts_with("waits") { Err(Failure::not_yet("later", seconds(4))) } else { Ok(()) });
     let billing = rig.start("billing", |c| c.on_any(not_yet).in_flight_max(8).concurrency(4).not_yet_max(seconds(30)));
     let billing = billing.await;
     rig.send_all((0..20).map(|n| format!("waits {n}"))).await;

@@ -103,5 +103,8 @@ async fn the_numbers_agree_with_what_happened() {
     assert_eq!((s.delivered, s.processed, s.duplicates, s.retried), (7, 3, 2, 1));
     assert_eq!((s.dead_lettered, s.conflicts, s.ignored, s.released), (2, 1, 0, 0));
     assert_eq!(rig.journal.observed("DeadLettered"), 2);
-    assert_eq!(rig.journal.observed("Duplicate { of: Processed") + rig.journal.observed("Duplicate { of: DeadLettered"), 2);
+    assert_eq!(
+        rig.journal.observed("Duplicate { of: Processed") + rig.journal.observed("Duplicate { of: DeadLettered"),
+        2
+    );
 }

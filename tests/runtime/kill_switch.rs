@@ -87,7 +87,10 @@ async fn one_unavailable_is_enough_and_uses_up_no_attempt() {
     dependency.set_down(false);
     rig.settled().await;
     assert_eq!((rig.dead(), billing.statistics().processed), (vec![], 20));
-    assert!(runs.all().iter().all(|run| run.attempt == 1 && run.crashes == 0), "no attempt was used up in half an hour");
+    assert!(
+        runs.all().iter().all(|run| run.attempt == 1 && run.crashes == 0),
+        "no attempt was used up in half an hour"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -121,9 +124,8 @@ async fn a_few_failures_among_many_do_not_open_it() {
 #[tokio::test(start_paused = true)]
 async fn a_prerequisite_that_is_missing_does_not_open_it() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let handler = runs.answer(|run| {
-        if run.at < seconds(60) { Err(Failure::not_yet("no order yet", seconds(4))) } else { Ok(()) }
-    });
+    let handler = runs
+        .answer(|run| if run.at < seconds(60) { Err(Failure::not_yet("no order yet", seconds(4))) } else { Ok(()) });
     let _billing = rig.start("billing", |c| c.on_any(handler)).await;
     rig.send_all(0..100).await;
     rig.settled().await;
@@ -135,7 +137,9 @@ async fn a_prerequisite_that_is_missing_does_not_open_it() {
 async fn breaker_trip_conserves_events() {
     let (rig, runs, dependency) = (Rig::new(), Runs::default(), Dependency::default());
     let wire = |c: crate::rig::Builder| {
-        c.on_any(dependency.handler(&runs, || Failure::retryable("no answer"))).attempts_max(20).switch_probe(seconds(5))
+        c.on_any(dependency.handler(&runs, || Failure::retryable("no answer")))
+            .attempts_max(20)
+            .switch_probe(seconds(5))
     };
     let first = rig.start("billing", wire).await;
     let second = rig.start("billing", wire).await;

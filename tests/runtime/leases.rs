@@ -115,7 +115,8 @@ async fn a_handler_is_stopped_before_its_lost_lease_can_be_anothers() {
 #[tokio::test(start_paused = true)]
 async fn expired_lease_is_reclaimed_on_time() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let first_hangs = |runs: &Runs| runs.then(|run, _| async move { if run.attempt == 1 { for_ever().await } else { Ok(()) } });
+    let first_hangs =
+        |runs: &Runs| runs.then(|run, _| async move { if run.attempt == 1 { for_ever().await } else { Ok(()) } });
     let first = rig.start("billing", |c| c.on_any(first_hangs(&runs))).await;
     rig.send(event("1")).await;
     rig.until("running", || runs.len() == 1).await;
@@ -154,10 +155,13 @@ async fn restart_same_name_reclaims_without_stealing() {
 #[tokio::test(start_paused = true)]
 async fn two_replicas_same_config_one_dies() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let wire = |runs: &Runs| Route::on_any(runs.then(|run, _| async move {
-        sleep(seconds(if run.crashes == 0 { 400 } else { 1 })).await;
-        Ok(())
-    })).timeout(seconds(600));
+    let wire = |runs: &Runs| {
+        Route::on_any(runs.then(|run, _| async move {
+            sleep(seconds(if run.crashes == 0 { 400 } else { 1 })).await;
+            Ok(())
+        }))
+        .timeout(seconds(600))
+    };
     let dies = rig.start("billing", |c| c.add(wire(&runs)).in_flight_max(1).concurrency(1)).await;
     rig.send(event("1")).await;
     rig.until("running", || runs.len() == 1).await;
@@ -202,7 +206,8 @@ async fn an_event_that_kills_every_process_is_set_aside_after_crashes_max() {
 #[tokio::test(start_paused = true)]
 async fn reclaim_counts_attempts_and_skips_in_flight() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let wire = |c: Builder| c.on_any(runs.then(|_, _| for_ever())).attempts_max(3).crashes_max(100).timeout(seconds(3600));
+    let wire =
+        |c: Builder| c.on_any(runs.then(|_, _| for_ever())).attempts_max(3).crashes_max(100).timeout(seconds(3600));
     rig.send(event("1")).await;
     kill(&rig, &runs, 2, wire).await;
     let third = rig.start("billing", wire).await;
@@ -326,7 +331,9 @@ async fn lease_belief_is_checked_against_store() {
 #[tokio::test(start_paused = true)]
 async fn a_store_clock_that_steps_back_delays_and_breaks_nothing() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    let wire = |c: Builder| c.on_any(runs.then(|run, _| async move { if run.attempt == 1 { for_ever().await } else { Ok(()) } }));
+    let wire = |c: Builder| {
+        c.on_any(runs.then(|run, _| async move { if run.attempt == 1 { for_ever().await } else { Ok(()) } }))
+    };
     rig.send(event("1")).await;
     kill(&rig, &runs, 1, wire).await;
     rig.store.step_clock(-60_000_000);

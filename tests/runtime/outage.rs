@@ -204,7 +204,11 @@ async fn a_lost_answer_is_asked_for_again_and_nothing_runs_twice() {
             assert_eq!(runs.len(), 10, "{verb}: {lines:?}");
             assert!(runs.all().iter().all(|run| (run.attempt, run.crashes) == (1, 0)), "{verb}: no claim was a crash");
             let statistics = billing.statistics();
-            assert_eq!((statistics.processed, statistics.fenced, statistics.duplicates), (10, 0, 0), "{verb}: {lines:?}");
+            assert_eq!(
+                (statistics.processed, statistics.fenced, statistics.duplicates),
+                (10, 0, 0),
+                "{verb}: {lines:?}"
+            );
         }
     }
 }

@@ -77,7 +77,11 @@ async fn a_handler_that_blocks_its_thread_stops_neither_claims_nor_renewals_of_o
     let begun = Instant::now();
     rig.send_all((0..50).map(|n| format!("short {n}"))).await;
     while billing.statistics().processed < 50 {
-        assert!(begun.elapsed() < Duration::from_secs(1), "a blocked handler holds up others: {:?}", billing.statistics());
+        assert!(
+            begun.elapsed() < Duration::from_secs(1),
+            "a blocked handler holds up others: {:?}",
+            billing.statistics()
+        );
         sleep(Duration::from_millis(5)).await;
     }
     timeout(Duration::from_secs(10), rig.broker.settled()).await.expect("all end");

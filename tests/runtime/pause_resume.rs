@@ -68,7 +68,11 @@ async fn pausing_and_resuming_all_the_time_loses_nothing() {
     let billing = rig.start("billing", |c| c.on_any(runs.take(Duration::from_millis(70))).concurrency(4)).await;
     rig.send_all(0..200).await;
     for n in 0..100 {
-        if n % 2 == 0 { billing.handle.pause() } else { billing.handle.resume() }
+        if n % 2 == 0 {
+            billing.handle.pause()
+        } else {
+            billing.handle.resume()
+        }
         sleep(Duration::from_millis(260)).await;
     }
     rig.settled().await;

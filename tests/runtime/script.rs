@@ -16,9 +16,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::task::AtomicWaker;
 use hapax::{
-    Broker, Capabilities, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Delivery, Error, ErrorKind, Lease,
-    Limits, Outcome, ProcessedStore, Receipt, Recorded, Renewal, Result, Settlement, StoreHealth, TransactionalStore,
-    Want,
+    Broker, Capabilities, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Delivery, Error, ErrorKind,
+    Lease, Limits, Outcome, ProcessedStore, Receipt, Recorded, Renewal, Result, Settlement, StoreHealth,
+    TransactionalStore, Want,
 };
 use hapax_testkit::faulty::{FaultyBroker, FaultyStore};
 use tokio::sync::Semaphore;

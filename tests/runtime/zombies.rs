@@ -164,7 +164,8 @@ async fn a_late_renewal_does_not_extend_anothers_lease() {
 async fn an_ack_that_comes_late_is_harmless() {
     let (rig, runs, script) = (Rig::new(), Runs::default(), Script::default());
     let ack = script.gate("settle");
-    let _zombie = script::start(&rig, "billing", &script, |c| c.on_any(runs.ok()).in_flight_max(1).concurrency(1)).await;
+    let _zombie =
+        script::start(&rig, "billing", &script, |c| c.on_any(runs.ok()).in_flight_max(1).concurrency(1)).await;
     rig.send(event("1")).await;
     rig.until("recorded", || !rig.journal.lines_of("store record").is_empty()).await;
     rig.quiet().await;
