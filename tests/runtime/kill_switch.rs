@@ -31,7 +31,7 @@ impl Dependency {
     fn handler(&self, runs: &Runs, failure: fn() -> Failure) -> impl Handler<Arc<Message>, ()> + use<> {
         let dependency = self.clone();
         runs.then(move |_, _| {
-            let Dependency { down, at_once, most_while_down } = dependency.clone();
+            let Self { down, at_once, most_while_down } = dependency.clone();
             async move {
                 let now = at_once.fetch_add(1, Ordering::SeqCst) + 1;
                 let is_down = down.load(Ordering::SeqCst);

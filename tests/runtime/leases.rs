@@ -1,8 +1,8 @@
 //! Leases: held for as long as a handler runs, given up when they are lost, and taken over on time when a process dies.
 //! S4 OneLiveLease, S15 AttemptsBounded, S16 AttemptsSurvive.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hapax::{Context, Failure, Reason, Route, Status, Stop};
@@ -19,7 +19,9 @@ fn seconds(seconds: u64) -> Duration {
 
 /// Why a handler was stopped, and after how long: noted when it is dropped.
 #[derive(Clone, Default)]
-struct Stopped(Arc<std::sync::Mutex<Option<(Option<Stop>, Duration)>>>);
+struct Stopped(Arc<Mutex<Option<End>>>);
+
+type End = (Option<Stop>, Duration);
 
 impl Stopped {
     fn watch(&self, cx: Context<()>) -> impl Drop + use<> {
@@ -33,7 +35,7 @@ impl Stopped {
     }
 
     #[track_caller]
-    fn seen(&self) -> (Option<Stop>, Duration) {
+    fn seen(&self) -> End {
         self.0.lock().unwrap().expect("the handler was dropped")
     }
 }

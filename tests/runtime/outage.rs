@@ -313,7 +313,11 @@ async fn under_a_swarm_of_faults_every_event_ends_once_they_are_over() {
             c.on_any(runs.then(|run, _| async move {
                 let number: u64 = run.id.parse().expect("ids are numbers");
                 sleep(Duration::from_millis(number * 97 % 3_000)).await;
-                if (number + u64::from(run.attempt)) % 5 == 0 { Err(Failure::retryable("unlucky")) } else { Ok(()) }
+                if (number + u64::from(run.attempt)).is_multiple_of(5) {
+                    Err(Failure::retryable("unlucky"))
+                } else {
+                    Ok(())
+                }
             }))
             .attempts_max(100)
             .crashes_max(100)

@@ -57,7 +57,7 @@ async fn a_handler_that_blocks_its_thread_stops_neither_claims_nor_renewals_of_o
     let handler = runs.then(|run, _| async move {
         match run.id.as_str() {
             "blocks" => {
-                let (sender, receiver) = std::sync::mpsc::channel::<()>();
+                let (sender, receiver) = std::sync::mpsc::sync_channel::<()>(1);
                 let blocked = receiver.recv_timeout(BLOCKED);
                 assert_eq!(blocked, Err(std::sync::mpsc::RecvTimeoutError::Timeout));
                 drop(sender);
@@ -96,7 +96,7 @@ async fn events_that_come_beside_a_blocked_handler_do_not_wait_for_it() {
     let (rig, runs) = (Rig::new(), Runs::default());
     let handler = runs.then(|run, _| async move {
         if run.id == "blocks" {
-            let (sender, receiver) = std::sync::mpsc::channel::<()>();
+            let (sender, receiver) = std::sync::mpsc::sync_channel::<()>(1);
             let blocked = receiver.recv_timeout(BLOCKED);
             assert_eq!(blocked, Err(std::sync::mpsc::RecvTimeoutError::Timeout));
             drop(sender);

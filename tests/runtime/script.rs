@@ -55,7 +55,7 @@ struct Scene {
 impl Script {
     /// The next call of this verb that has no fault yet meets this one.
     pub(crate) fn next(&self, verb: &'static str, fault: Fault) {
-        self.0.faults.lock().unwrap().entry(verb).or_default().push_back(fault);
+        self.0.faults.lock().expect("nobody panics while holding the faults").entry(verb).or_default().push_back(fault);
     }
 
     /// The next call of this verb waits until the answer gets a permit.
@@ -67,7 +67,7 @@ impl Script {
 
     /// Whether every fault was met.
     pub(crate) fn is_over(&self) -> bool {
-        self.0.faults.lock().unwrap().values().all(VecDeque::is_empty)
+        self.0.faults.lock().expect("nobody panics while holding the faults").values().all(VecDeque::is_empty)
     }
 
     /// The process stands still.
@@ -82,7 +82,7 @@ impl Script {
     }
 
     fn take(&self, verb: &'static str) -> Option<Fault> {
-        self.0.faults.lock().unwrap().get_mut(verb)?.pop_front()
+        self.0.faults.lock().expect("nobody panics while holding the faults").get_mut(verb)?.pop_front()
     }
 
     async fn around<T>(&self, verb: &'static str, call: impl Future<Output = Result<T>>) -> Result<T> {
