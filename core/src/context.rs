@@ -5,7 +5,6 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -57,8 +56,9 @@ impl<S> Context<S> {
         let text = |value: &Option<Box<str>>| value.clone().unwrap_or_default();
         let key = EventKey::of("test", &text(&attributes.source), &text(&attributes.id));
         let lease = Lease { consumer: crate::store::ConsumerId(0), key, fence: NonZeroU64::MIN, attempt: 1 };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        Self::new(Arc::new(Run::new("test".into(), Arc::new(message), lease, 0, deadline)), Arc::new(state))
+        let run = Run::new("test".into(), Arc::new(message), lease, 0, Duration::from_secs(60));
+        run.begin();
+        Self::new(Arc::new(run), Arc::new(state))
     }
 
     /// What `.state(..)` was given.
@@ -104,7 +104,7 @@ impl<S> Context<S> {
 
     /// Time until the handler's timeout; zero if it is over.
     pub fn remaining(&self) -> Duration {
-        self.run.deadline().saturating_duration_since(Instant::now())
+        self.run.remaining()
     }
 
     /// The conversation: the message's `correlationid`, else its id.

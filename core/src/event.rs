@@ -234,6 +234,8 @@ where
         Ok(begun) => begun,
         Err(error) => return Ended::StoreFailed(error),
     };
+    // Waiting for a transaction was not the handler's time.
+    run.begin();
     if let Err(error) = handler.handle(event, tx, Context::new(Arc::clone(&run), state)).await {
         return Ended::Failed(error.into_failure());
     }
@@ -242,16 +244,27 @@ where
     }
     let answer = match store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await {
         Ok(answers) => answers.first().copied(),
-        Err(error) => return Ended::StoreFailed(error),
+        Err(error) => return unwritten(error),
     };
+    run.committing();
     match answer {
         Some(Recorded::Done | Recorded::Vanished) => match store.commit(lent).await {
             Ok(()) => Ended::Recorded(answer.unwrap_or(Recorded::Done)),
+            Err(error) if error.kind() == ErrorKind::Rejected => unwritten(error),
             Err(error) => Ended::Unknown(error),
         },
         // Another transaction of this very lease committed before: this one's effects must not join it.
         Some(answer @ (Recorded::AlreadyDone | Recorded::Fenced)) => Ended::Recorded(answer),
         None => Ended::StoreFailed(Error::new(ErrorKind::Internal, "record").because("the store answered nothing")),
+    }
+}
+
+/// A mark that was not written, and so no effect either. What the store rejects is the handler's doing: it ended the
+/// transaction itself, kept it, or ignored that it was broken.
+fn unwritten(error: Error) -> Ended {
+    match error.kind() {
+        ErrorKind::Rejected => Ended::Failed(Failure::retryable("its transaction cannot be used").with_source(error)),
+        _ => Ended::StoreFailed(error),
     }
 }
 

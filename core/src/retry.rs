@@ -70,6 +70,8 @@ impl RetryPolicy {
     pub const DELAY_MAX: Duration = Duration::from_secs(300);
     /// Up to this share is added to a delay: 25 %.
     pub const JITTER: f32 = 0.25;
+    /// No delay is longer: 30 days.
+    const BOUND: Duration = Duration::from_hours(30 * 24);
     /// Most attempts: 10.
     pub const ATTEMPTS_MAX: u32 = 10;
 
@@ -135,14 +137,14 @@ impl RetryPolicy {
     pub fn delay(&self, attempt: u32, reason: &str, chance: f32) -> Duration {
         let backoff = self.by_reason.iter().find(|(r, _)| *r == reason).map_or(&self.backoff, |(_, backoff)| backoff);
         let delay = backoff.delay(attempt);
-        delay + delay.mul_f32(self.jitter * chance.clamp(0.0, 1.0))
+        delay.saturating_add(share(delay, self.jitter * chance.clamp(0.0, 1.0)))
     }
 
     /// Whether `attempt` was the last, with `elapsed` since the first claim and `delay` before the next.
     pub fn is_over(&self, attempt: u32, elapsed: Duration, delay: Duration) -> Over {
         if attempt >= self.attempts_max {
             Over::Attempts
-        } else if self.total_max.is_some_and(|max| elapsed + delay > max) {
+        } else if self.total_max.is_some_and(|max| elapsed.saturating_add(delay) > max) {
             Over::Time
         } else {
             Over::No
@@ -161,13 +163,15 @@ impl RetryPolicy {
         }
         let last = self.attempts_max - 1;
         let all = std::iter::once(&self.backoff).chain(self.by_reason.iter().map(|(_, backoff)| backoff));
-        all.map(|backoff| backoff.delay(last)).max().unwrap_or_default().mul_f32(1.0 + self.jitter)
+        let longest = all.map(|backoff| backoff.delay(last)).max().unwrap_or_default();
+        longest.saturating_add(share(longest, self.jitter))
     }
 
     /// The longest time that all delays together can take, jitter included.
     pub fn longest_total(&self) -> Duration {
         let delays = (1..self.attempts_max.min(1_000)).map(|attempt| self.backoff.delay(attempt));
-        let sum = delays.fold(Duration::ZERO, Duration::saturating_add).mul_f32(1.0 + self.jitter);
+        let sum = delays.fold(Duration::ZERO, Duration::saturating_add);
+        let sum = sum.saturating_add(share(sum, self.jitter));
         self.total_max.map_or(sum, |max| sum.min(max))
     }
 
@@ -181,6 +185,11 @@ impl RetryPolicy {
             faults.push(format!("jitter is {}: set a share from 0.0 to 1.0", self.jitter));
         }
         for backoff in std::iter::once(&self.backoff).chain(self.by_reason.iter().map(|(_, backoff)| backoff)) {
+            if matches!(backoff, Backoff::Fixed(delay) | Backoff::Exponential { max: delay, .. } if *delay > Self::BOUND)
+            {
+                faults
+                    .push(format!("a delay is longer than {} days: set a shorter one", Self::BOUND.as_secs() / 86_400));
+            }
             if let Backoff::Exponential { first, factor, max } = backoff {
                 if !(1.0..=1_000.0).contains(factor) {
                     faults.push(format!("the factor of exponential backoff is {factor}: set 1.0 to 1000.0"));
@@ -192,6 +201,11 @@ impl RetryPolicy {
         }
         faults
     }
+}
+
+/// A share of a duration, however long it is.
+fn share(of: Duration, share: f32) -> Duration {
+    Duration::try_from_secs_f32(of.as_secs_f32() * share).unwrap_or(Duration::MAX)
 }
 
 impl Default for RetryPolicy {

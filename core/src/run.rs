@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::Ended;
@@ -35,7 +35,10 @@ pub(crate) struct Run {
     pub(crate) message: Arc<Message>,
     pub(crate) lease: Lease,
     pub(crate) crashes: u32,
-    deadline: Instant,
+    timeout: Duration,
+    /// When the handler was entered: its time counts from there.
+    begun: OnceLock<Instant>,
+    is_committing: AtomicBool,
     stop: AtomicU8,
     shutdown_announced: AtomicBool,
     token: OnceLock<CancellationToken>,
@@ -49,14 +52,16 @@ impl Run {
         message: Arc<Message>,
         lease: Lease,
         crashes: u32,
-        deadline: Instant,
+        timeout: Duration,
     ) -> Self {
         Self {
             consumer,
             message,
             lease,
             crashes,
-            deadline,
+            timeout,
+            begun: OnceLock::new(),
+            is_committing: AtomicBool::new(false),
             stop: AtomicU8::new(0),
             shutdown_announced: AtomicBool::new(false),
             token: OnceLock::new(),
@@ -108,8 +113,29 @@ impl Run {
         token
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
-        self.deadline
+    /// The handler is entered now: its time counts from here.
+    pub(crate) fn begin(&self) {
+        let _ = self.begun.set(Instant::now());
+    }
+
+    /// Time until the handler's timeout.
+    pub(crate) fn remaining(&self) -> Duration {
+        let taken = self.begun.get().map_or(Duration::ZERO, Instant::elapsed);
+        self.timeout.saturating_sub(taken)
+    }
+
+    /// Whether the handler's time is over.
+    pub(crate) fn is_late(&self, now: Instant) -> bool {
+        self.begun.get().is_some_and(|begun| now.saturating_duration_since(*begun) >= self.timeout)
+    }
+
+    /// The handler has returned and its transaction is being committed: a stop comes too late.
+    pub(crate) fn committing(&self) {
+        self.is_committing.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_committing(&self) -> bool {
+        self.is_committing.load(Ordering::SeqCst)
     }
 
     pub(crate) fn outbox(&self) -> MutexGuard<'_, Vec<Outgoing>> {

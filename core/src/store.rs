@@ -20,7 +20,9 @@ use crate::error::Result;
 /// Batches are answered one by one and in order; a batch never holds one key twice. An error refuses the batch as a
 /// whole and has changed nothing, unless it is [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) or
 /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable), where it may have taken place;
-/// [`ErrorKind::Rejected`](crate::ErrorKind::Rejected) says that some item is bad, and the caller halves the batch.
+/// [`ErrorKind::Rejected`](crate::ErrorKind::Rejected) says that some item's own data is bad, and the caller halves the
+/// batch until it stands alone, to be dead-lettered; what is wrong with the store itself (a consumer number it does not
+/// know) is [`ErrorKind::Incompatible`](crate::ErrorKind::Incompatible) and stops the consumer.
 #[async_trait]
 pub trait ProcessedStore: Send + Sync + 'static {
     /// Registers a consumer and how long its terminal records are kept.
@@ -100,10 +102,12 @@ pub trait TransactionalStore: ProcessedStore + Clone {
     /// Where the transaction comes back when the handler drops it.
     type Lent: Send + 'static;
 
-    /// Begins a transaction.
+    /// Begins a transaction. Answers in bounded time, though it may wait for another to end.
     async fn begin(&self) -> Result<(Self::Tx, Self::Lent)>;
 
     /// Waits until the handler gave the transaction back, and records in it. Dropping `lent` instead rolls back.
+    /// [`ErrorKind::Rejected`](crate::ErrorKind::Rejected) where the handler ended, broke or kept it: the handler's failure.
+    /// [`Recorded::AlreadyDone`] is no success here: another transaction of this lease committed, and this one must not.
     ///
     /// # Contract
     /// - Nothing is visible before [`commit`](Self::commit) (`effects_and_mark_commit_together`,
@@ -358,6 +362,8 @@ pub struct StoreHealth {
     pub records: Option<u64>,
     /// Most records it will keep; it refuses more.
     pub records_max: Option<u64>,
+    /// What is wrong although it answers, for people: a sweep that fails, so that records outlive their retention.
+    pub trouble: Option<Box<str>>,
 }
 
 impl StoreHealth {
@@ -373,6 +379,7 @@ impl StoreHealth {
             transactions_block_writes: false,
             records: None,
             records_max: None,
+            trouble: None,
         }
     }
 }

@@ -144,7 +144,7 @@ impl Tables {
         if (consumer.0 as usize) < self.consumers.len() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Rejected, operation).because("a consumer that this store has not opened"))
+        Err(Error::new(ErrorKind::Incompatible, operation).because("a consumer that this store has not opened"))
     }
 
     fn by_name(&mut self, consumer: &str) -> Option<&mut Records> {

@@ -81,8 +81,9 @@ impl Batch {
     fn check(&self, ids: impl Iterator<Item = Id>, frame: Frame) -> Result<(), Fault> {
         for id in ids {
             if id.0.0 == 0 || id.0.0 > frame.consumers {
-                let text = format!("consumer number {} is not of this database: open the consumer first", id.0.0);
-                return Err(Fault::new(ErrorKind::Rejected, text));
+                let text =
+                    format!("consumer number {} is not of this database: was the file replaced? restart", id.0.0);
+                return Err(Fault::incompatible(text));
             }
             if let Some(Slot { record: Err(why), .. }) = self.slots.get(&id) {
                 return Err(Fault::incompatible(format!("the record of event {:?} cannot be read: {why}", id.1)));

@@ -307,10 +307,6 @@ impl ProcessedStore for SqliteStore {
     }
 
     async fn probe(&self) -> Result<StoreHealth> {
-        let fault = self.0.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(fault) = fault {
-            return Err(fault.during("sweep"));
-        }
         let known = "SELECT sqlite_version(), (SELECT value FROM hapax_meta WHERE name = 'schema')";
         let row = sqlx::query(known).fetch_one(&self.0.pool).await.map_err(|error| error::error("probe", error))?;
         let read = || -> std::result::Result<String, Fault> {
@@ -321,6 +317,8 @@ impl ProcessedStore for SqliteStore {
         let mut health = StoreHealth::new("sqlite", version, self.0.durability);
         health.transactions_max = Some(1);
         health.transactions_block_writes = true;
+        let swept = self.0.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        health.trouble = swept.map(|fault| fault.during("sweep").to_string().into());
         Ok(health)
     }
 }

@@ -125,7 +125,7 @@ impl Watch {
         if self.rolled_back.load(Ordering::SeqCst) {
             let text = "the handler's transaction was rolled back before its end: by a ROLLBACK of its own, or by \
                 SQLite after an error that the handler ignored";
-            return Err(Fault::new(ErrorKind::Unavailable, text));
+            return Err(Fault::new(ErrorKind::Rejected, text));
         }
         Ok(())
     }
@@ -219,7 +219,7 @@ impl SqliteLent {
             self.back = None;
             self.held = held.ok();
         }
-        let lost = || Fault::new(ErrorKind::Internal, "the transaction was not handed back");
+        let lost = || Fault::new(ErrorKind::Rejected, "the handler did not hand the transaction back");
         self.held.as_mut().ok_or_else(lost)
     }
 
@@ -243,7 +243,7 @@ impl SqliteLent {
 
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
         self.held().await?.watch.check()?;
-        let lost = || Fault::new(ErrorKind::Internal, "the transaction was not handed back");
+        let lost = || Fault::new(ErrorKind::Rejected, "the handler did not hand the transaction back");
         let Held { transaction, watch, _permit, _turn } = self.held.take().ok_or_else(lost)?;
         watch.may_commit.store(true, Ordering::SeqCst);
         let done = transaction.commit().await;

@@ -162,7 +162,7 @@ async fn one_bad_call_does_not_spoil_the_others_of_its_commit() {
         async { store.claim(&[request(consumer, 5, 3), request(consumer, 6, 3)], LEASE).await },
     );
     assert!(matches!(good.unwrap()[..], [Claim::Granted(..)]));
-    assert_eq!(stranger.unwrap_err().kind(), ErrorKind::Rejected);
+    assert_eq!(stranger.unwrap_err().kind(), ErrorKind::Incompatible);
     assert_eq!(damaged.unwrap_err().kind(), ErrorKind::Incompatible);
     assert_eq!(store.look_up("billing", key(6)).await.unwrap(), None, "a refused batch changes nothing");
 }

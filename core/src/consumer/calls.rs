@@ -129,8 +129,8 @@ impl Shared {
                 }
                 Err(error) => {
                     ranges.push(range);
-                    give_up(&batch, &ranges);
-                    return self.fail(error);
+                    self.fail(error);
+                    return give_up(&batch, &ranges);
                 }
             }
         }
@@ -254,7 +254,12 @@ impl Shared {
     /// Asks an idle store whether it is back.
     pub(super) async fn probe(&self) {
         match timeout(self.settings.call_timeout, self.store.probe()).await {
-            Ok(Ok(_)) => self.store_is_up(),
+            Ok(Ok(health)) => {
+                if let Some(trouble) = health.trouble {
+                    tracing::error!(consumer = &*self.name, %trouble, "the store answers, but is in trouble");
+                }
+                self.store_is_up();
+            }
             Ok(Err(error)) if !error.is_retryable() => self.fail(error),
             Ok(Err(error)) => self.store_is_down(&error),
             Err(_) => {}

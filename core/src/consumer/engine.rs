@@ -132,13 +132,13 @@ where
     /// What may be received now.
     fn room(&self) -> Option<Want> {
         let (shared, settings) = (&self.shared, &self.shared.settings);
-        if shared.is_draining() || shared.paused() || !shared.vitals.is_store_up() {
+        if shared.is_draining() || shared.view.is_paused() || !shared.view.vitals.is_store_up() {
             return None;
         }
-        let (events, bytes) = (settings.in_flight_max - self.events, settings.in_flight_bytes_max);
+        let (events, bytes) = (settings.in_flight_max.saturating_sub(self.events), settings.in_flight_bytes_max);
         if shared.switch.is_open() {
             // One delivery to probe with, unless there is one that waits for the probe already.
-            return (self.events == 0).then_some(Want { events: 1, bytes });
+            return (events > 0 && !shared.switch.is_waited_for()).then_some(Want { events: 1, bytes });
         }
         let bytes = bytes.saturating_sub(self.bytes);
         (events > 0 && bytes > 0).then_some(Want { events, bytes })
@@ -161,7 +161,7 @@ where
                 None => self.start(delivery, None, now),
             }
         }
-        self.shared.counters.delivered.add(events);
+        self.shared.view.counters.delivered.add(events);
         self.shared.observe(&Observed::Received { events, bytes });
     }
 
@@ -176,7 +176,7 @@ where
         }
         let shared = &self.shared;
         let now = Instant::now();
-        shared.vitals.beat();
+        shared.view.vitals.beat();
         self.runners.relieve();
         self.tell_in_flight();
         if let Some(messages) = shared.broker.lag() {
@@ -196,10 +196,13 @@ where
                 shared.end_renewal();
             }));
         }
-        // With no call under way nothing else would find out that the store is back.
-        if !shared.vitals.is_store_up() && self.calls.is_empty() {
+        // Nothing else may be asking: without this nobody would find out that the store is back.
+        if !shared.view.vitals.is_store_up() && shared.begin_probe() {
             let shared = Arc::clone(shared);
-            self.calls.push(Box::pin(async move { shared.probe().await }));
+            self.calls.push(Box::pin(async move {
+                shared.probe().await;
+                shared.end_probe();
+            }));
         }
         true
     }
@@ -207,13 +210,8 @@ where
     /// Tells what is unsettled now.
     pub(super) fn tell_in_flight(&self) {
         let oldest = self.lives.tags().map(|tag| tag.begun).min();
-        self.shared.vitals.in_flight(self.events, self.bytes, oldest);
+        self.shared.view.vitals.in_flight(self.events, self.bytes, oldest);
         self.shared.observe(&Observed::InFlight { events: self.events, bytes: self.bytes });
-    }
-
-    /// Drives this call beside the others.
-    pub(super) fn call(&mut self, call: Call) {
-        self.calls.push(call);
     }
 
     /// What is in flight.
@@ -223,6 +221,6 @@ where
 
     /// Says in which phase the consumer is.
     pub(super) fn enter(&self, phase: Phase) {
-        self.shared.vitals.enter(phase);
+        self.shared.view.vitals.enter(phase);
     }
 }

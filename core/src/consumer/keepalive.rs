@@ -16,6 +16,7 @@ use crate::store::{Lease, Renewal};
 pub(super) struct Keepalive {
     table: Mutex<Table>,
     lease: Duration,
+    renew_after: Duration,
 }
 
 #[derive(Default)]
@@ -31,6 +32,8 @@ struct Hold {
     run: Option<Arc<Run>>,
     waker: Waker,
     lost: bool,
+    /// Its outcome is being recorded: that it cannot be renewed any more is no loss.
+    is_ending: bool,
 }
 
 /// A lease that is renewed until this is dropped.
@@ -59,6 +62,13 @@ impl Held<'_> {
         }
     }
 
+    /// From now on the outcome is being recorded.
+    pub(super) fn ending(&self) {
+        if let Some(hold) = &mut self.keepalive.lock().holds[self.index] {
+            hold.is_ending = true;
+        }
+    }
+
     /// Whether the lease was lost.
     pub(super) fn is_lost(&self) -> bool {
         self.keepalive.lock().holds[self.index].as_ref().is_some_and(|hold| hold.lost)
@@ -75,8 +85,11 @@ pub(super) struct Due {
 }
 
 impl Keepalive {
-    pub(super) fn new(lease: Duration) -> Self {
-        Self { table: Mutex::default(), lease }
+    /// Leases of this length. Renewed at a third; where a transaction holds up every other write for up to two thirds of
+    /// a lease, so early that what is left outlasts it.
+    pub(super) fn new(lease: Duration, transactions_block: bool) -> Self {
+        let renew_after = if transactions_block { lease / 8 } else { lease / 3 };
+        Self { table: Mutex::default(), lease, renew_after }
     }
 
     /// How often to look: often enough for the shortest sensible lease, and never more than four times a second for
@@ -90,7 +103,7 @@ impl Keepalive {
     pub(super) fn hold(&self, lease: Lease, sent: Instant, waker: Waker) -> Held<'_> {
         let mut table = self.lock();
         let lost = self.is_over(sent, Instant::now());
-        let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost });
+        let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost, is_ending: false });
         let index = match table.free.pop() {
             Some(index) => {
                 table.holds[index] = hold;
@@ -110,7 +123,7 @@ impl Keepalive {
         let mut table = self.lock();
         for (index, hold) in table.holds.iter_mut().enumerate() {
             let Some(hold) = hold else { continue };
-            if let Some(run) = hold.run.as_ref().filter(|run| run.deadline() <= now && run.stopped().is_none()) {
+            if let Some(run) = hold.run.as_ref().filter(|run| run.is_late(now) && run.stopped().is_none()) {
                 run.stop(Stop::Timeout);
                 hold.waker.wake_by_ref();
             }
@@ -120,7 +133,7 @@ impl Keepalive {
             if self.is_over(hold.renewed, now) {
                 due.lost += 1;
                 hold.lose();
-            } else if now.saturating_duration_since(hold.renewed) >= self.lease / 3 {
+            } else if now.saturating_duration_since(hold.renewed) >= self.renew_after {
                 due.renew.push((index, hold.lease));
             }
         }
@@ -136,7 +149,7 @@ impl Keepalive {
             let Some(hold) = table.holds[*index].as_mut().filter(|hold| hold.lease == *lease) else { continue };
             match answer {
                 Renewal::Renewed => hold.renewed = hold.renewed.max(sent),
-                Renewal::Lost if !hold.lost => {
+                Renewal::Lost if !hold.lost && !hold.is_ending() => {
                     lost += 1;
                     hold.lose();
                 }
@@ -175,6 +188,11 @@ impl Keepalive {
 }
 
 impl Hold {
+    /// Its outcome is being written: that it cannot be renewed any more is no loss.
+    fn is_ending(&self) -> bool {
+        self.is_ending || self.run.as_ref().is_some_and(|run| run.is_committing())
+    }
+
     fn lose(&mut self) {
         self.lost = true;
         if let Some(run) = &self.run {
@@ -193,7 +211,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_whose_grant_is_heard_when_it_may_be_over_is_lost_from_the_start() {
-        let keepalive = Keepalive::new(Duration::from_secs(30));
+        let keepalive = Keepalive::new(Duration::from_secs(30), false);
         let lease = Lease { consumer: ConsumerId(1), key: EventKey([1; 16]), fence: NonZeroU64::MIN, attempt: 1 };
         let sent = Instant::now();
         tokio::time::advance(Duration::from_millis(26_999)).await;

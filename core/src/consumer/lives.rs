@@ -95,7 +95,8 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         for index in self.round.drain(..) {
             let slot = &mut self.slots[index];
             // Cleared before the poll: a wake during it queues the slot again.
-            slot.wake.queued.store(false, Ordering::Release);
+            // A swap, not a store: what a wake that came before it wrote is to be seen by this poll.
+            slot.wake.queued.swap(false, Ordering::AcqRel);
             let Some(life) = slot.life.as_mut().as_pin_mut() else { continue };
             if life.poll(&mut Context::from_waker(&slot.waker)).is_ready() {
                 slot.life.set(None);

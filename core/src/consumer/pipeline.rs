@@ -4,6 +4,7 @@
 //! arm is the design: what is recorded before what is settled decides what a crash between the two can do. The
 //! decisions are in `verdict.rs`, the batched calls in `calls.rs`; what drives many lives at once is `engine.rs`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
 use crate::broker::{Delivery, Settlement};
 use crate::dead_letter::Reason;
+use crate::error::ErrorKind;
 use crate::event::{Ended, Ready};
 use crate::handler::{Failure, FailureKind};
 use crate::observer::{Duplicate, HandlerEnd, Observed};
@@ -24,7 +26,7 @@ use crate::run::{Run, Stop};
 use crate::store::{History, Lease, Outcome, Recorded, Trouble};
 
 /// What a life does next.
-enum Step {
+enum Step<'a> {
     /// Settle, and that was it.
     Settle(Settlement),
     /// Claim again at once: what we held is not ours any more, or is due.
@@ -35,6 +37,8 @@ enum Step {
     Wait(Duration),
     /// Wait until no other event with a crash in its history runs, then claim again.
     WaitAlone,
+    /// Set it aside: doom it, place the dead letter, record that.
+    Bury(Held<'a>, Box<Burial>),
     /// Nothing: it is settled, or its session ends and the broker delivers it again.
     Over,
 }
@@ -45,7 +49,7 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
     let mut event = match p.read(&delivery) {
         Read::Event(event) => event,
         Read::Ignored => {
-            p.counters.ignored.one();
+            p.view.counters.ignored.one();
             p.observe(&Observed::Ignored);
             return p.settle(&delivery, Settlement::Ack).await.unwrap_or_default();
         }
@@ -66,7 +70,7 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         if place.is_none() {
             return p.give_back(&delivery).await;
         }
-        let step = match p.claims.call(request).await {
+        let mut step = match p.claims.call(request).await {
             Ok((claim, sent)) => match verdict::after_claim(claim, p.retry(&event).attempts(), &p.bounds) {
                 Answer::Run(lease, history) => {
                     let grant = Grant { lease, history, sent, place: place.take() };
@@ -81,27 +85,35 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                     if held.is_lost() {
                         Step::ClaimAgain
                     } else {
-                        p.bury(&delivery, &held, Burial::at_claim(lease, reason, recorded, history)).await
+                        Step::Bury(held, Box::new(Burial::at_claim(lease, reason, recorded, history)))
                     }
                 }
                 Answer::Duplicate { dead, ago } => p.ended_before(&mut event, dead, ago),
                 Answer::Conflict => {
-                    p.counters.conflicts.one();
+                    p.view.counters.conflicts.one();
                     p.observe(&Observed::Conflict);
+                    drop(place);
                     let error = "the id is known with other data: publish it under a new id";
                     return p.set_aside_unrecorded(&delivery, Reason::Conflict, error).await;
                 }
                 Answer::Held(wait) => p.held_elsewhere(wait, &mut polls),
                 Answer::NotYet(wait) => p.not_due(wait),
             },
-            Err(GivenUp::Refused(why)) => return p.set_aside_unrecorded(&delivery, Reason::Refused, &why).await,
+            Err(GivenUp::Refused(why)) => {
+                drop(place);
+                return p.set_aside_unrecorded(&delivery, Reason::Refused, &why).await;
+            }
             Err(GivenUp::Stopped) => Step::Over,
         };
-        // Free for another before this one settles or waits.
+        // Free for others before this one settles or waits: a dead letter that cannot be placed holds up nobody.
         drop(place);
+        if let Step::Bury(held, burial) = step {
+            alone = None;
+            step = p.bury(&delivery, held, *burial).await;
+        }
         match step {
             Step::Settle(settlement) => return p.settle(&delivery, settlement).await.unwrap_or_default(),
-            Step::Over => return,
+            Step::Bury(..) | Step::Over => return,
             Step::AskAgain => continue,
             Step::ClaimAgain => {}
             Step::Wait(wait) => {
@@ -128,7 +140,7 @@ impl Shared {
         event: &'r mut Event,
         grant: Grant<'a>,
         alone: &'r mut Option<tokio::sync::SemaphorePermit<'a>>,
-    ) -> Rare<'r, Step> {
+    ) -> Rare<'r, Step<'a>> {
         Box::pin(async move {
             if event.crashes_seen < grant.crashes() {
                 event.crashes_seen = grant.crashes();
@@ -152,7 +164,7 @@ impl Shared {
     }
 
     /// A granted claim: handler, record, and what is to be settled.
-    async fn run(&self, delivery: &Delivery, event: &mut Event, grant: Grant<'_>) -> Step {
+    async fn run<'a>(&'a self, delivery: &Delivery, event: &mut Event, grant: Grant<'_>) -> Step<'a> {
         let lease = grant.lease;
         if let Some(trouble) = event.uncommitted(lease) {
             let after = self.retry(event).delay(lease.attempt, "", self.chance());
@@ -168,10 +180,10 @@ impl Shared {
         }
         let ready = match event.take_ready(self, delivery) {
             Ok(ready) => ready,
-            Err(failure) => return self.failed(delivery, event, &held, &grant, &failure).await,
+            Err(failure) => return self.failed(delivery, event, held, &grant, &failure).await,
         };
         let begun = Instant::now();
-        let run = Arc::new(self.begin(delivery, event, &grant, begun));
+        let run = Arc::new(self.begin(delivery, event, &grant));
         held.watch(&run);
         let end = self.handle(event, ready, &run, begun).await;
         self.report(grant.place.as_ref(), &end);
@@ -180,8 +192,9 @@ impl Shared {
                 // What the handler published goes out before the record says processed: sent twice it is a duplicate
                 // under the same id, recorded first it could be lost.
                 if let Err(failure) = self.publish(&run).await {
-                    return self.failed(delivery, event, &held, &grant, &failure).await;
+                    return self.failed(delivery, event, held, &grant, &failure).await;
                 }
+                held.ending();
                 match self.record(lease, Outcome::Processed).await {
                     Ok(answer) => self.after_record(answer),
                     Err(given_up) => self.unrecorded(given_up),
@@ -200,7 +213,11 @@ impl Shared {
                 if run.is_shutdown_announced() && matches!(failure.kind(), FailureKind::Retryable { .. }) {
                     return self.give_back_claim(&grant).await;
                 }
-                self.failed(delivery, event, &held, &grant, &failure).await
+                self.failed(delivery, event, held, &grant, &failure).await
+            }
+            End::Handler(Ended::StoreFailed(error)) if !error.is_retryable() && error.kind() != ErrorKind::Rejected => {
+                self.fail(error);
+                Step::Over
             }
             End::Handler(Ended::StoreFailed(error)) => {
                 self.store_is_down(&error);
@@ -209,10 +226,10 @@ impl Shared {
             }
             End::Panicked(what) => {
                 let failure = Failure::retryable("panicked").with_source(what);
-                self.failed(delivery, event, &held, &grant, &failure).await
+                self.failed(delivery, event, held, &grant, &failure).await
             }
             End::Stopped(Stop::Timeout) => {
-                self.failed(delivery, event, &held, &grant, &Failure::retryable("timed out")).await
+                self.failed(delivery, event, held, &grant, &Failure::retryable("timed out")).await
             }
             End::Stopped(Stop::LeaseLost) => Step::ClaimAgain,
             End::Stopped(Stop::Shutdown) => self.give_back_claim(&grant).await,
@@ -220,40 +237,40 @@ impl Shared {
     }
 
     /// The event had ended before this claim: a duplicate, unless it is our own commit whose answer was lost.
-    fn ended_before(&self, event: &mut Event, dead: bool, ago: Duration) -> Step {
+    fn ended_before(&self, event: &mut Event, dead: bool, ago: Duration) -> Step<'static> {
         if event.unknown.take().is_some() && !dead {
             return self.after_record(Recorded::AlreadyDone);
         }
         let of = if dead { Duplicate::DeadLettered } else { Duplicate::Processed };
-        self.counters.duplicates.one();
+        self.view.counters.duplicates.one();
         self.observe(&Observed::Duplicate { of, ago: Some(ago) });
         Step::Settle(Settlement::Ack)
     }
 
     /// A fenced holder does not drop its delivery, since nothing would bring it back: it claims again, as if the event
     /// were held by another, which it is.
-    fn after_record(&self, answer: Recorded) -> Step {
+    fn after_record(&self, answer: Recorded) -> Step<'static> {
         match answer {
             Recorded::Done | Recorded::AlreadyDone => {}
             Recorded::Vanished => self.observe(&Observed::Vanished),
             Recorded::Fenced => return self.fenced(),
         }
-        self.counters.processed.one();
+        self.view.counters.processed.one();
         Step::Settle(Settlement::Ack)
     }
 
     /// A failure: either recorded for another attempt, or doomed.
-    fn failed<'a>(
+    fn failed<'r, 'a: 'r>(
         &'a self,
-        delivery: &'a Delivery,
-        event: &'a Event,
-        held: &'a Held<'a>,
-        grant: &'a Grant<'a>,
-        failure: &'a Failure,
-    ) -> Rare<'a, Step> {
+        delivery: &'r Delivery,
+        event: &'r Event,
+        held: Held<'a>,
+        grant: &'r Grant<'_>,
+        failure: &'r Failure,
+    ) -> Rare<'r, Step<'a>> {
         Box::pin(async move {
             let (lease, elapsed) = (grant.lease, grant.elapsed());
-            let trouble = self.trouble(delivery, &failure.to_string());
+            let trouble = self.trouble(delivery, &text_of(failure));
             match verdict::after_failure(
                 failure,
                 lease.attempt,
@@ -262,7 +279,10 @@ impl Shared {
                 &self.bounds,
                 self.chance(),
             ) {
-                Verdict::Again { after, counted } => self.failed_for(delivery, lease, trouble, after, counted).await,
+                Verdict::Again { after, counted } => {
+                    held.ending();
+                    self.failed_for(delivery, lease, trouble, after, counted).await
+                }
                 Verdict::Doom(reason) => {
                     let burial =
                         Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
@@ -280,7 +300,7 @@ impl Shared {
         trouble: Trouble,
         after: Duration,
         counted: bool,
-    ) -> Rare<'a, Step> {
+    ) -> Rare<'a, Step<'static>> {
         Box::pin(async move {
             match self.record(lease, Outcome::Failed { after, counted, trouble }).await {
                 Ok(Recorded::Fenced) => return self.fenced(),
@@ -288,7 +308,7 @@ impl Shared {
                 Ok(Recorded::Done | Recorded::AlreadyDone) => {}
                 Err(given_up) => return self.unrecorded(given_up),
             }
-            self.counters.retried.one();
+            self.view.counters.retried.one();
             self.observe(&Observed::Retried { after, counted });
             if self.is_draining() || !delivery.session.is_live() {
                 return self.released(counted);
@@ -300,8 +320,10 @@ impl Shared {
     /// record Doomed -> settle DeadLetter -> record DeadLettered. In this order: a dead letter that was placed before
     /// any mark would let the handler start again behind it. Doomed keeps the lease, which is held until the end, so that
     /// copies wait; lost, another may place it too: a second copy of a dead letter, never a lost one.
-    fn bury<'a>(&'a self, delivery: &'a Delivery, _held: &'a Held<'a>, burial: Burial) -> Rare<'a, Step> {
+    fn bury<'a>(&'a self, delivery: &'a Delivery, held: Held<'a>, burial: Burial) -> Rare<'a, Step<'static>> {
         Box::pin(async move {
+            // Renewed until the dead letter is recorded.
+            let _held = held;
             let Burial { lease, reason, trouble, recorded, attempts, first } = burial;
             let dead_letter = self.dead_letter(delivery, reason, &trouble.error, attempts, first, Some(lease.fence));
             if !recorded {
@@ -315,10 +337,10 @@ impl Shared {
             if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_err() {
                 return Step::Over;
             }
-            self.counters.dead_lettered.one();
+            self.view.counters.dead_lettered.one();
             self.observe(&Observed::DeadLettered { reason, id: &trouble.id, error: &trouble.error });
             if let Ok(Recorded::Fenced) = self.record(lease, Outcome::DeadLettered).await {
-                self.counters.fenced.one();
+                self.view.counters.fenced.one();
                 self.observe(&Observed::Fenced);
             }
             Step::Over
@@ -326,7 +348,7 @@ impl Shared {
     }
 
     /// Ends a claim that was not run, or was stopped by us: the attempt is given back, and so is the delivery.
-    fn give_back_claim<'a>(&'a self, grant: &'a Grant<'a>) -> Rare<'a, Step> {
+    fn give_back_claim<'a>(&'a self, grant: &'a Grant<'a>) -> Rare<'a, Step<'static>> {
         Box::pin(async move {
             let outcome = Outcome::Failed { after: Duration::ZERO, counted: false, trouble: grant.trouble() };
             match self.record(grant.lease, outcome).await {
@@ -339,7 +361,7 @@ impl Shared {
 
     /// An outcome that could not be written. Nothing is settled: refused by the store for good, the event is asked for
     /// again when its lease is over, and ends by its crash limit if it stays refused.
-    fn unrecorded(&self, given_up: GivenUp) -> Step {
+    fn unrecorded(&self, given_up: GivenUp) -> Step<'static> {
         match given_up {
             GivenUp::Stopped => Step::Over,
             GivenUp::Refused(error) => {
@@ -349,20 +371,20 @@ impl Shared {
         }
     }
 
-    fn released(&self, counted: bool) -> Step {
-        self.counters.released.one();
+    fn released(&self, counted: bool) -> Step<'static> {
+        self.view.counters.released.one();
         Step::Settle(Settlement::Release { counted })
     }
 
-    fn fenced(&self) -> Step {
-        self.counters.fenced.one();
+    fn fenced(&self) -> Step<'static> {
+        self.view.counters.fenced.one();
         self.observe(&Observed::Fenced);
         Step::ClaimAgain
     }
 
     /// Another process holds the event and may be done at any time, long before its lease is over: it is asked for again
     /// soon. Told once a delivery, however often it asks.
-    fn held_elsewhere(&self, wait: Duration, polls: &mut Polls) -> Step {
+    fn held_elsewhere(&self, wait: Duration, polls: &mut Polls) -> Step<'static> {
         let is_first = polls.0 == 0;
         let poll = polls.next(wait);
         if is_first {
@@ -380,7 +402,7 @@ impl Shared {
     }
 
     /// Waits here, unless the wait is long or too many wait already: then the broker keeps it.
-    fn not_due(&self, wait: Duration) -> Step {
+    fn not_due(&self, wait: Duration) -> Step<'static> {
         match verdict::delay(wait, self.is_crowded(), &self.bounds) {
             Delay::AtBroker(after) => Step::Settle(Settlement::Retry { after }),
             Delay::Here(_) => {
@@ -396,6 +418,7 @@ impl Shared {
         let took = begun.elapsed();
         self.transaction_took(event, took);
         let how = match &end {
+            End::Handler(Ended::Recorded(Recorded::Fenced)) => HandlerEnd::Stopped,
             End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
             End::Handler(Ended::Failed(failure)) => match failure.kind() {
                 FailureKind::Retryable { .. } => HandlerEnd::Retryable,
@@ -416,6 +439,7 @@ impl Shared {
     fn report(&self, place: Option<&Place<'_>>, end: &End) {
         let Some(place) = place else { return };
         let result = match end {
+            End::Handler(Ended::Recorded(Recorded::Fenced)) => return,
             End::Handler(Ended::Effect | Ended::Recorded(_)) => switch::Result::Good,
             End::Handler(Ended::Failed(failure)) => match failure.kind() {
                 FailureKind::Retryable { .. } | FailureKind::Permanent => switch::Result::Bad,
@@ -426,14 +450,19 @@ impl Shared {
             End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) | End::Stopped(_) => return,
         };
         if let Some(open) = place.pass.report(result) {
-            self.vitals.switch(open);
+            self.view.vitals.switch(open);
             self.observe(&Observed::Switch { open });
         }
     }
 
-    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>, now: Instant) -> Run {
-        let deadline = now + self.timeout(event);
-        Run::new(Arc::clone(&self.name), Arc::clone(&delivery.message), grant.lease, grant.crashes(), deadline)
+    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>) -> Run {
+        let (name, message) = (Arc::clone(&self.name), Arc::clone(&delivery.message));
+        let run = Run::new(name, message, grant.lease, grant.crashes(), self.timeout(event));
+        // In a transaction its time counts from when the transaction has begun.
+        if !self.infos[event.route].transactional {
+            run.begin();
+        }
+        run
     }
 
     /// How many deliveries wait, for the share of in_flight that they may fill.
@@ -509,6 +538,12 @@ impl Polls {
         self.0 += 1;
         poll.min(Duration::from_secs(1)).min(wait.max(Duration::from_millis(1)))
     }
+}
+
+/// A failure's text; a user's error that panics when it is told must not end the engine.
+fn text_of(failure: &Failure) -> String {
+    catch_unwind(AssertUnwindSafe(|| failure.to_string()))
+        .unwrap_or_else(|_| "its text cannot be told: it panicked".into())
 }
 
 /// The waker of the life that asks.

@@ -1,6 +1,7 @@
 //! What all lives of a consumer share, and the small steps of a life that decide nothing.
 
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,8 +23,8 @@ use super::switch::{Pass, Switch, SwitchSettings};
 use super::verdict::{self, Bounds, Delay};
 use crate::broker::{Broker, Delivery, Settlement};
 use crate::dead_letter::{DeadLetter, Reason, cut};
-use crate::error::Error;
-use crate::event::{Otherwise, Ready, Resolved, RouteInfo, Routes, Start};
+use crate::error::{Error, ErrorKind};
+use crate::event::{Ended, Otherwise, Ready, Resolved, RouteInfo, Routes, Start};
 use crate::guarantee::Guarantee;
 use crate::handler::Failure;
 use crate::health::{Counters, Phase, Vitals};
@@ -43,6 +44,44 @@ use crate::trace;
 /// A step that few lives take: boxed, so that the common life stays small enough to move and keep.
 pub(super) type Rare<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// What handles of a consumer see and set. Apart, so that a handle that is kept keeps neither broker nor store.
+pub(super) struct View {
+    pub(super) name: Arc<str>,
+    pub(super) guarantee: Guarantee,
+    pub(super) counters: Counters,
+    pub(super) vitals: Vitals,
+    pub(super) stop: CancellationToken,
+    drain_deadline: Mutex<Duration>,
+    is_paused: AtomicBool,
+}
+
+impl View {
+    pub(super) fn pause_intake(&self, pause: bool) {
+        self.is_paused.store(pause, Ordering::SeqCst);
+        if matches!(self.vitals.phase(), Phase::Running | Phase::Paused) {
+            self.vitals.enter(if pause { Phase::Paused } else { Phase::Running });
+        }
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.is_paused.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn drain_deadline(&self) -> Duration {
+        *self.drain_deadline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_drain_deadline(&self, deadline: Duration) {
+        *self.drain_deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+}
+
+impl std::fmt::Debug for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 /// Everything that lives share. Nothing in it is locked across an await.
 pub(super) struct Shared {
     pub(super) name: Arc<str>,
@@ -55,7 +94,6 @@ pub(super) struct Shared {
     pub(super) infos: Vec<RouteInfo>,
     extractors: Vec<IdFrom>,
     missing_id: MissingId,
-    pub(super) guarantee: Guarantee,
     pub(super) settings: Settings,
     redact: Option<fn(&str) -> String>,
     stepper: Option<Arc<dyn Stepper>>,
@@ -86,16 +124,13 @@ pub(super) struct Shared {
     suspects_fewer: Notify,
     pub(super) waiting: AtomicUsize,
     // How it stands.
-    pub(super) counters: Counters,
-    pub(super) vitals: Vitals,
+    pub(super) view: Arc<View>,
     pub(super) draining: CancellationToken,
     pub(super) given_up: CancellationToken,
     pub(super) fatal: Mutex<Option<Error>>,
     pub(super) fatal_seen: Notify,
     pub(super) ended_by_broker: Notify,
-    pub(super) stop: CancellationToken,
-    drain_deadline: Mutex<Duration>,
-    is_paused: AtomicBool,
+    is_probing: AtomicBool,
     is_renewing: AtomicBool,
     chance: Mutex<fastrand::Rng>,
     token: (u64, AtomicU64),
@@ -216,7 +251,7 @@ impl Shared {
             settles: Coalescer::new(s.batch_max),
             publishes: Coalescer::new(s.batch_max),
             started: Started::default(),
-            keepalive: Keepalive::new(s.lease),
+            keepalive: Keepalive::new(s.lease, parts.health.transactions_block_writes),
             switch: Switch::new(switch),
             copies: Copies::default(),
             permits: Semaphore::new(s.concurrency),
@@ -227,16 +262,21 @@ impl Shared {
             suspects: AtomicUsize::new(0),
             suspects_fewer: Notify::new(),
             waiting: AtomicUsize::new(0),
-            counters: Counters::default(),
-            vitals: Vitals::new(),
+            view: Arc::new(View {
+                name: Arc::clone(&parts.name),
+                guarantee: parts.guarantee,
+                counters: Counters::default(),
+                vitals: Vitals::new(),
+                stop: CancellationToken::new(),
+                drain_deadline: Mutex::new(s.drain),
+                is_paused: AtomicBool::new(false),
+            }),
             draining: CancellationToken::new(),
             given_up: CancellationToken::new(),
             fatal: Mutex::new(None),
             fatal_seen: Notify::new(),
             ended_by_broker: Notify::new(),
-            stop: CancellationToken::new(),
-            drain_deadline: Mutex::new(s.drain),
-            is_paused: AtomicBool::new(false),
+            is_probing: AtomicBool::new(false),
             is_renewing: AtomicBool::new(false),
             token: (rng.u64(..), AtomicU64::new(0)),
             chance: Mutex::new(rng),
@@ -257,7 +297,6 @@ impl Shared {
             infos: parts.infos,
             extractors: parts.extractors,
             missing_id: parts.missing_id,
-            guarantee: parts.guarantee,
             settings: parts.settings,
             redact: parts.redact,
             stepper: parts.stepper,
@@ -309,7 +348,7 @@ impl Shared {
     fn prepare(&self, start: &Arc<dyn Start>, message: &Arc<Message>, version: u32) -> Result<Box<dyn Ready>, Defect> {
         // A user's `Deserialize` runs here, in the engine: its panic must not end all lives.
         let read = || start.prepare(message, version, self.limits.json_depth_max);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        catch_unwind(AssertUnwindSafe(read))
             .unwrap_or_else(|panic| Err(Defect::undecodable(format!("reading it panicked: {}", panic_text(&*panic)))))
     }
 
@@ -357,11 +396,7 @@ impl Shared {
             };
             let permit = match self.permits.try_acquire() {
                 Ok(permit) => permit,
-                Err(_) => tokio::select! {
-                    biased;
-                    permit = self.permits.acquire() => permit.ok()?,
-                    () = delivery.session.not_live() => return None,
-                },
+                Err(_) => Box::pin(self.unless_over(delivery, self.permits.acquire())).await?.ok()?,
             };
             if self.is_draining() || !delivery.session.is_live() {
                 return None;
@@ -433,7 +468,7 @@ impl Shared {
     /// Gives a delivery back that was not claimed.
     pub(super) fn give_back<'a>(&'a self, delivery: &'a Delivery) -> Rare<'a, ()> {
         Box::pin(async move {
-            self.counters.released.one();
+            self.view.counters.released.one();
             let _ = self.settle(delivery, Settlement::Release { counted: false }).await;
         })
     }
@@ -449,7 +484,7 @@ impl Shared {
             let error = self.error_text(error);
             let dead_letter = self.dead_letter(delivery, reason, &error, 0, Duration::ZERO, None);
             if self.settle(delivery, Settlement::DeadLetter(Box::new(dead_letter))).await.is_ok() {
-                self.counters.dead_lettered.one();
+                self.view.counters.dead_lettered.one();
                 let id = delivery.message.attributes.id.as_deref().unwrap_or_default();
                 self.observe(&Observed::DeadLettered { reason, id, error: &error });
             }
@@ -502,15 +537,24 @@ impl Shared {
         let (finish, stopped) = match std::future::poll_fn(|cx| run.poll_end(cx)).await {
             Ok(finish) => (Some(finish), None),
             Err(stop) => {
-                run.cancel();
+                // A commit under way is not cut off: its answer is better than none.
+                if !run.is_committing() {
+                    run.cancel();
+                }
                 // It ends at its next await; one that blocks is waited for as long as a lease, then left behind.
                 let finish = std::future::poll_fn(|cx| run.poll_finish(cx));
-                (tokio::time::timeout(self.settings.lease, finish).await.ok(), Some(stop))
+                let finish = tokio::time::timeout(self.settings.lease, finish).await.ok();
+                run.cancel();
+                (finish, Some(stop))
             }
         };
         match (finish, stopped) {
             (Some(Finish::Returned(ended)), _) => End::Handler(ended),
             (Some(Finish::Panicked(panic)), _) => End::Panicked(panic_text(&*panic)),
+            (_, Some(_)) if run.is_committing() => {
+                let error = Error::new(ErrorKind::Unknown, "commit").because("stopped while it was under way");
+                End::Handler(Ended::Unknown(error))
+            }
             (_, Some(stop)) => End::Stopped(stop),
             (_, None) => End::Stopped(Stop::Shutdown),
         }
@@ -558,7 +602,12 @@ impl Shared {
 
     pub(super) fn error_text(&self, error: &str) -> Box<str> {
         let redacted = crate::secret::redact(error);
-        let redacted = self.redact.map_or_else(|| redacted.to_string(), |redact| redact(&redacted));
+        let redacted = self.redact.map_or_else(
+            || redacted.to_string(),
+            |redact| {
+                catch_unwind(|| redact(&redacted)).unwrap_or_else(|_| "not told: redacting it panicked".to_owned())
+            },
+        );
         cut(&redacted, self.settings.error_text_max)
     }
 
@@ -576,7 +625,10 @@ impl Shared {
     }
 
     pub(super) fn observe(&self, what: &Observed<'_>) {
-        self.observer.observe(what);
+        // A panic of the user's observer must not end the engine and all lives with it.
+        if catch_unwind(AssertUnwindSafe(|| self.observer.observe(what))).is_err() {
+            tracing::error!(consumer = &*self.name, "the observer panicked");
+        }
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -585,7 +637,7 @@ impl Shared {
 
     /// Leases that were lost, found by the tick or by a renewal.
     pub(super) fn leases_lost(&self, lost: usize) {
-        self.counters.leases_lost.add(lost);
+        self.view.counters.leases_lost.add(lost);
         (0..lost).for_each(|_| self.observe(&Observed::LeaseLost));
     }
 
@@ -600,6 +652,8 @@ impl Shared {
     /// The consumer cannot go on: what it would do next could be wrong.
     pub(super) fn fail(&self, error: Error) {
         self.fatal.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        // Nothing more is started, not even the next of a lane whose head could not end.
+        self.drain();
         self.fatal_seen.notify_one();
     }
 
@@ -611,23 +665,13 @@ impl Shared {
         self.fatal.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    pub(super) fn pause_intake(&self, pause: bool) {
-        self.is_paused.store(pause, Ordering::SeqCst);
-        if matches!(self.vitals.phase(), Phase::Running | Phase::Paused) {
-            self.vitals.enter(if pause { Phase::Paused } else { Phase::Running });
-        }
+    /// Whether the store is not being asked already; the caller asks, then.
+    pub(super) fn begin_probe(&self) -> bool {
+        !self.is_probing.swap(true, Ordering::SeqCst)
     }
 
-    pub(super) fn paused(&self) -> bool {
-        self.is_paused.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn drain_deadline(&self) -> Duration {
-        *self.drain_deadline.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn set_drain_deadline(&self, deadline: Duration) {
-        *self.drain_deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    pub(super) fn end_probe(&self) {
+        self.is_probing.store(false, Ordering::SeqCst);
     }
 
     /// Whether no renewal is under way; the caller's is, then.
@@ -640,27 +684,27 @@ impl Shared {
     }
 
     pub(super) fn store_is_down(&self, error: &Error) {
-        if self.vitals.store_down(error) {
+        if self.view.vitals.store_down(error) {
             let error = self.error_text(&error.to_string());
             self.observe(&Observed::Reach { side: Side::Store, up: false, error: &error });
         }
     }
 
     pub(super) fn store_is_up(&self) {
-        if self.vitals.store_up() {
+        if self.view.vitals.store_up() {
             self.observe(&Observed::Reach { side: Side::Store, up: true, error: "" });
         }
     }
 
     pub(super) fn broker_is_down(&self, error: &Error) {
-        if self.vitals.broker_down(error) {
+        if self.view.vitals.broker_down(error) {
             let error = self.error_text(&error.to_string());
             self.observe(&Observed::Reach { side: Side::Broker, up: false, error: &error });
         }
     }
 
     pub(super) fn broker_is_up(&self) {
-        if self.vitals.broker_up() {
+        if self.view.vitals.broker_up() {
             self.observe(&Observed::Reach { side: Side::Broker, up: true, error: "" });
         }
     }

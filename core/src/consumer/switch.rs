@@ -1,6 +1,7 @@
 //! The kill switch: when too many handlers fail, the consumer stops claiming and probes with one delivery at a time, so
 //! that an outage of the handler's own dependency does not empty a topic into the dead letters.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ pub(super) struct Switch {
     settings: SwitchSettings,
     state: Mutex<State>,
     changed: Notify,
+    gated: AtomicUsize,
 }
 
 struct State {
@@ -66,12 +68,17 @@ pub(super) struct Pass<'a> {
 impl Switch {
     pub(super) fn new(settings: SwitchSettings) -> Self {
         let state = State { since: Instant::now(), now: Tally::default(), before: Tally::default(), open: None };
-        Self { settings, state: Mutex::new(state), changed: Notify::new() }
+        Self { settings, state: Mutex::new(state), changed: Notify::new(), gated: AtomicUsize::new(0) }
     }
 
     /// Whether it is open: intake pauses.
     pub(super) fn is_open(&self) -> bool {
         self.lock().open.is_some()
+    }
+
+    /// Whether something waits at the gate, and so will be the next probe.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.gated.load(Ordering::Relaxed) > 0
     }
 
     /// The pass that everybody gets while it is closed.
@@ -81,6 +88,7 @@ impl Switch {
 
     /// Waits until a claim is allowed: at once while it is closed, as a probe when one is due. Cancel safe.
     pub(super) async fn pass(&self) -> Pass<'_> {
+        let _gated = Gated::new(&self.gated);
         loop {
             let changed = self.changed.notified();
             let due = {
@@ -107,6 +115,22 @@ impl Switch {
     }
 }
 
+/// Counts who waits at the gate.
+struct Gated<'a>(&'a AtomicUsize);
+
+impl<'a> Gated<'a> {
+    fn new(gated: &'a AtomicUsize) -> Self {
+        gated.fetch_add(1, Ordering::Relaxed);
+        Self(gated)
+    }
+}
+
+impl Drop for Gated<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Pass<'_> {
     /// Whether this is the one that may run while the switch is open.
     pub(super) fn is_probe(&self) -> bool {
@@ -122,7 +146,8 @@ impl Pass<'_> {
         state.now.ended += 1;
         state.now.failed += u32::from(result != Result::Good);
         let next_probe = now + settings.probe;
-        let enough = result == Result::Down || state.is_bad(settings);
+        // A switch that is set never to open does not open for one that is down either.
+        let enough = settings.events_min < u32::MAX && (result == Result::Down || state.is_bad(settings));
         match (&mut state.open, result) {
             (Some(_), Result::Good) if self.probe => {
                 state.open = None;

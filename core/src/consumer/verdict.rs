@@ -80,7 +80,9 @@ pub(super) fn after_failure(
 ) -> Verdict {
     match failure.kind() {
         FailureKind::Permanent => Verdict::Doom(Reason::Permanent),
-        FailureKind::NotYet { after } if elapsed + after > bounds.not_yet_max => Verdict::Doom(Reason::NeverReady),
+        FailureKind::NotYet { after } if elapsed.saturating_add(after) > bounds.not_yet_max => {
+            Verdict::Doom(Reason::NeverReady)
+        }
         FailureKind::NotYet { after } => Verdict::Again { after, counted: false },
         FailureKind::Unavailable => {
             Verdict::Again { after: retry.delay(attempt, failure.reason(), chance), counted: false }

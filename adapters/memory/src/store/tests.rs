@@ -222,7 +222,7 @@ async fn a_refused_batch_has_changed_nothing() {
     assert_eq!(store.probe().await.unwrap().records, Some(1));
     let stranger = request(ConsumerId(7), 1, 1);
     let batch = [request(consumer, 1, 1), stranger];
-    assert_eq!(store.claim(&batch, LEASE).await.map_err(|error| error.kind()), Err(ErrorKind::Rejected));
+    assert_eq!(store.claim(&batch, LEASE).await.map_err(|error| error.kind()), Err(ErrorKind::Incompatible));
     assert_eq!(store.probe().await.unwrap().records, Some(1));
 }
 

@@ -37,7 +37,7 @@ pub(super) fn choices(choices: &Choices) -> Vec<Fault> {
             "call-timeout-beyond-lease",
             format!("call_timeout is {}, a third of the lease is {}", text(settings.call_timeout), text(third)),
             "leases are renewed at a third: a renewal without an answer must be given up in time for another",
-            format!(".call_timeout({}), or .lease({})", code(third), code(settings.call_timeout * 3)),
+            format!(".call_timeout({}), or .lease({})", code(third), code(settings.call_timeout.saturating_mul(3))),
         ));
     }
     if let Some(retry) = &choices.retry {

@@ -60,7 +60,9 @@ impl Plan {
         }
         // Defaults give way to what was set; what was set is checked.
         if settings.call_timeout == Settings::CALL_TIMEOUT {
-            settings.call_timeout = settings.call_timeout.min(settings.lease / 3);
+            // A call may wait behind a handler's transaction, and what waits is not unreachable.
+            let most = if health.transactions_block_writes { settings.lease * 5 / 6 } else { settings.lease / 3 };
+            settings.call_timeout = settings.call_timeout.min(most);
         }
         if settings.concurrency == Settings::CONCURRENCY {
             settings.concurrency = settings.concurrency.min(settings.in_flight_max);
@@ -76,6 +78,7 @@ impl Plan {
             info.timeout.get_or_insert(default);
             info.retry.get_or_insert_with(|| retry.clone());
         }
+        notes.extend(health.trouble.iter().map(|trouble| format!("{} is in trouble: {trouble}", health.name)));
         if extractors.contains(&IdFrom::BodyHash) {
             notes.push(
                 "IdFrom::BodyHash: two events with equal data are one event, and the second has no effect".into(),

@@ -551,7 +551,7 @@ fn what_is_left_open_is_decided_from_broker_store_and_handlers() {
     let settings = Settings { lease: seconds(15), in_flight_max: 8, ..Settings::default() };
     let plan = Plan::new(&settings, None, infos, world.capabilities, world.health, &[]);
     assert_eq!((plan.order, plan.in_place), (Order::PerKey, true));
-    assert_eq!((plan.settings.call_timeout, plan.settings.concurrency), (seconds(5), 8));
+    assert_eq!((plan.settings.call_timeout, plan.settings.concurrency), (seconds(10), 8));
     assert_eq!((plan.infos[0].timeout, plan.infos[1].timeout), (Some(seconds(60)), Some(seconds(10))));
     assert_eq!(plan.retry.delay(9, "", 1.0), Settings::HOLD, "the longest delay with jitter");
     assert_eq!(plan.transactions_max, 1);
