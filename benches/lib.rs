@@ -1,6 +1,11 @@
-//! What benchmarks share: messages, the no-op handler, and a run that is measured.
+//! What benchmarks share: messages, the no-op handler, a run that is measured, and the machine it ran on.
 
 #![allow(clippy::disallowed_methods, reason = "benchmarks measure the real clock")]
+
+pub mod allocated;
+pub mod machine;
+pub mod report;
+pub mod settled;
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -9,8 +14,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cpu_time::ProcessTime;
 use hapax::{
-    Claim, ClaimRequest, EventKey, Fingerprint, Outcome,
-    Consumer, Context, Failure, Level, Message, Order, ProcessedStore, Settings,
+    Claim, ClaimRequest, Consumer, ConsumerBuilder, Context, EventKey, Failure, Fingerprint, Level, Message, Order,
+    Outcome, ProcessedStore, Settings,
 };
 use hapax_memory::MemoryBroker;
 
@@ -19,12 +24,63 @@ use hapax_memory::MemoryBroker;
 pub struct Plan {
     /// Deliveries, all different events.
     pub events: usize,
-    /// Deliveries in flight, and handlers at once.
+    /// Handlers at once.
+    pub concurrency: usize,
+    /// Deliveries in flight.
     pub in_flight: usize,
+    /// Most items of one call to store or broker.
+    pub batch: usize,
     /// Bytes of data.
     pub bytes: usize,
     /// Ordering keys; 0 is unordered.
     pub keys: usize,
+    /// How often the run looks whether it is over.
+    pub look: Duration,
+}
+
+impl Plan {
+    /// Unordered events of 256 bytes, with as many handlers and items of a batch as deliveries in flight.
+    pub fn of(events: usize, in_flight: usize) -> Self {
+        Self {
+            events,
+            concurrency: in_flight,
+            in_flight,
+            batch: in_flight.clamp(1, 1_024),
+            bytes: 256,
+            keys: 0,
+            look: Duration::from_millis(1),
+        }
+    }
+
+    /// Events of `keys` keys in order; as many lanes can wait as four times the handlers.
+    pub fn in_order(self, keys: usize) -> Self {
+        Self { keys, in_flight: 4 * self.concurrency, ..self }
+    }
+
+    /// A message of this plan.
+    pub fn message(&self, number: usize, data: &Bytes) -> Message {
+        let message = Message::event("/bench", format!("{number:016}"), "bench.event");
+        let message = message.with_data("application/octet-stream", data.clone());
+        match self.keys {
+            0 => message,
+            keys => message.with_partition_key(format!("{}", number % keys)),
+        }
+    }
+
+    /// The data of its messages.
+    pub fn data(&self) -> Bytes {
+        Bytes::from(vec![b'x'; self.bytes])
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
+            order: Some(if self.keys == 0 { Order::Unordered } else { Order::PerKey }),
+            concurrency: self.concurrency,
+            in_flight_max: self.in_flight,
+            batch_max: self.batch,
+            ..Settings::default()
+        }
+    }
 }
 
 /// What one run cost.
@@ -36,17 +92,6 @@ pub struct Cost {
     pub cpu_us: f64,
     /// Allocations an event; none where they are not counted.
     pub allocations: Option<f64>,
-}
-
-#[cfg(feature = "count-allocations")]
-#[global_allocator]
-static COUNTED: &stats_alloc::StatsAlloc<std::alloc::System> = &stats_alloc::INSTRUMENTED_SYSTEM;
-
-fn allocations() -> Option<usize> {
-    #[cfg(feature = "count-allocations")]
-    return Some(COUNTED.stats().allocations);
-    #[cfg(not(feature = "count-allocations"))]
-    None
 }
 
 /// A handler that does nothing but await once: something that is not ready at first, and wakes it.
@@ -63,49 +108,33 @@ pub async fn noop(_: Arc<Message>, _: Context<()>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A message of a plan.
-pub fn message(plan: &Plan, number: usize, data: &Bytes) -> Message {
-    let message = Message::event("/bench", format!("{number:016}"), "bench.event");
-    let message = message.with_data("application/octet-stream", data.clone());
-    match plan.keys {
-        0 => message,
-        keys => message.with_partition_key(format!("{}", number % keys)),
-    }
-}
-
-/// The settings of a plan.
-pub fn settings(plan: &Plan) -> Settings {
-    Settings {
-        order: Some(if plan.keys == 0 { Order::Unordered } else { Order::PerKey }),
-        concurrency: plan.in_flight,
-        in_flight_max: if plan.keys == 0 { plan.in_flight } else { 4 * plan.in_flight },
-        batch_max: plan.in_flight.clamp(1, 1_024),
-        ..Settings::default()
-    }
-}
-
-/// Preloads a topic, then measures a consumer until it has processed everything.
-pub async fn consume(plan: &Plan, store: impl ProcessedStore, seen: usize) -> Cost {
+/// A topic that holds the plan's messages, numbered from `seen`.
+pub fn topic(plan: &Plan, seen: usize) -> MemoryBroker {
     let broker = MemoryBroker::builder("bench").capacity(plan.events).ordered().build();
-    let publisher = broker.publisher();
-    let data = Bytes::from(vec![b'x'; plan.bytes]);
+    let (publisher, data) = (broker.publisher(), plan.data());
     for number in seen..seen + plan.events {
-        publisher.try_publish(&message(plan, number, &data)).expect("the topic holds the plan");
+        publisher.try_publish(&plan.message(number, &data)).expect("the topic holds the plan");
     }
-    let consumer = Consumer::builder("bench", broker, store)
-        .settings(settings(plan))
-        .on_any(noop)
-        .require(Level::AtLeastOnce)
-        .build()
-        .await
-        .expect("the benchmark's settings are sound");
+    broker
+}
+
+/// Preloads a topic, then measures a consumer until it has processed everything. `with` gives it its handler.
+pub async fn consume<T: ProcessedStore>(
+    plan: &Plan,
+    store: T,
+    seen: usize,
+    with: impl FnOnce(ConsumerBuilder<(), T>) -> ConsumerBuilder<(), T>,
+) -> Cost {
+    let builder = Consumer::builder("bench", topic(plan, seen), store).settings(plan.settings());
+    let built = with(builder).require(Level::AtLeastOnce).build().await;
+    let consumer = built.expect("the benchmark's settings are sound");
     let handle = consumer.handle();
-    let (cpu, begun, before) = (ProcessTime::now(), Instant::now(), allocations());
+    let (cpu, begun, before) = (ProcessTime::now(), Instant::now(), allocated::count());
     let running = tokio::spawn(consumer.run(std::future::pending()));
     while handle.statistics().processed < plan.events as u64 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
+        tokio::time::sleep(plan.look).await;
     }
-    let (took, cpu, after) = (begun.elapsed(), cpu.elapsed(), allocations());
+    let (took, cpu, after) = (begun.elapsed(), cpu.elapsed(), allocated::count());
     handle.stop();
     running.await.expect("no panic").expect("a clean stop");
     let per_event = |total: f64| total / plan.events as f64;
@@ -132,7 +161,10 @@ pub async fn remember(store: &dyn ProcessedStore, events: usize) {
         let claims = store.claim(&requests, Settings::LEASE).await.expect("granted");
         let outcomes: Vec<_> = claims
             .into_iter()
-            .filter_map(|claim| if let Claim::Granted(lease, _) = claim { Some((lease, Outcome::Processed)) } else { None })
+            .filter_map(|claim| match claim {
+                Claim::Granted(lease, _) => Some((lease, Outcome::Processed)),
+                _ => None,
+            })
             .collect();
         store.record(&outcomes).await.expect("recorded");
     }

@@ -1,0 +1,21 @@
+//! What the allocator gave out, where the feature `count-allocations` counts it.
+
+#[cfg(feature = "count-allocations")]
+#[global_allocator]
+static COUNTED: &stats_alloc::StatsAlloc<std::alloc::System> = &stats_alloc::INSTRUMENTED_SYSTEM;
+
+/// Allocations since the start; none where they are not counted.
+pub fn count() -> Option<usize> {
+    #[cfg(feature = "count-allocations")]
+    return Some(COUNTED.stats().allocations);
+    #[cfg(not(feature = "count-allocations"))]
+    None
+}
+
+/// Bytes in use; none where they are not counted.
+pub fn bytes() -> Option<usize> {
+    #[cfg(feature = "count-allocations")]
+    return Some(COUNTED.stats()).map(|stats| stats.bytes_allocated.saturating_sub(stats.bytes_deallocated));
+    #[cfg(not(feature = "count-allocations"))]
+    None
+}
