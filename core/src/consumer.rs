@@ -35,7 +35,7 @@ use crate::run::Stop;
 /// What is given back after the drain deadline has this long to be recorded and released, and half of it more when store or
 /// broker do not answer.
 const GIVE_BACK: Duration = Duration::from_secs(2);
-/// The broker has this long to let go: together, a stop takes no more than 4.5 s beyond the drain deadline.
+/// The broker has this long to stop delivering, and then to let go: together, a stop takes no more than 4.5 s beyond the drain deadline.
 const CLOSE: Duration = Duration::from_millis(1_500);
 
 /// Consumes one broker with one store: every event once, as far as its [`Guarantee`] says.
@@ -98,7 +98,7 @@ async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Resul
     engine.enter(Phase::Draining);
     shared.drain();
     let stop = async {
-        if let Ok(Err(error)) = timeout(shared.settings.call_timeout, shared.broker.stop()).await {
+        if let Ok(Err(error)) = timeout(CLOSE, shared.broker.stop()).await {
             tracing::warn!(consumer = &*shared.name, %error, "the broker could not be stopped; closing ends it");
         }
     };
