@@ -5,6 +5,7 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
@@ -78,7 +79,6 @@ impl Shared {
             let shared = Arc::clone(self);
             launched(Box::pin(async move {
                 shared.publish_batch(batch).await;
-                shared.publishes.returned();
             }));
         }
     }
@@ -196,11 +196,13 @@ impl Shared {
         tracing::warn!(consumer = &*self.name, %error, "a settlement failed; it is tried again and keeps its delivery");
     }
 
-    /// Publishes until every item is answered or refused.
+    /// Publishes until every item is answered or refused. The next batch waits for the first answer, but not for an item
+    /// whose place is out of reach.
     async fn publish_batch(&self, batch: Batch<Outgoing, std::result::Result<(), GivenUp>>) {
-        let Some(publisher) = &self.publisher else { return };
+        let Some(publisher) = &self.publisher else { return self.publishes.returned() };
         let mut waits = delays(BROKER_RETRY_MAX);
         let mut open: Vec<usize> = (0..batch.requests.len()).collect();
+        let mut next_waits = true;
         while !open.is_empty() {
             let items: Vec<_> = open.iter().map(|index| batch.requests[*index].clone()).collect();
             let count = items.len();
@@ -209,22 +211,37 @@ impl Shared {
                 Ok(results) => results,
                 Err(error) => (0..count).map(|_| Err(Error::new(error.kind(), "publish"))).collect(),
             };
-            let mut failed = Vec::new();
+            let (mut failed, mut last) = (Vec::new(), None);
             for (index, result) in open.into_iter().zip(results) {
                 match result {
                     Ok(()) => batch.answer(index, [Ok(())]),
                     Err(error) if error.is_retryable() => {
-                        let text = self.error_text(&error.to_string());
-                        self.observe(&Observed::Reach { side: Side::Publisher, up: false, error: &text });
+                        last = Some(error);
                         failed.push(index);
                     }
                     Err(error) => batch.answer(index, [Err(GivenUp::Refused(error.to_string().into()))]),
                 }
             }
+            // One that was taken or refused was answered.
+            self.publisher_answered(last.filter(|_| failed.len() == count));
             open = failed;
+            if std::mem::take(&mut next_waits) {
+                self.publishes.returned();
+                // The engine looks for the next batch when it is woken.
+                tokio::task::yield_now().await;
+            }
             if !open.is_empty() && !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
             }
+        }
+    }
+
+    /// Tells when the publisher goes out of reach and when it is back, each once.
+    fn publisher_answered(&self, error: Option<Error>) {
+        let up = error.is_none();
+        if self.is_publisher_up.swap(up, Ordering::SeqCst) != up {
+            let error = error.map(|error| self.error_text(&error.to_string())).unwrap_or_default();
+            self.observe(&Observed::Reach { side: Side::Publisher, up, error: &error });
         }
     }
 

@@ -132,6 +132,7 @@ pub(super) struct Shared {
     pub(super) ended_by_broker: Notify,
     is_probing: AtomicBool,
     is_renewing: AtomicBool,
+    pub(super) is_publisher_up: AtomicBool,
     chance: Mutex<fastrand::Rng>,
     token: (u64, AtomicU64),
 }
@@ -278,6 +279,7 @@ impl Shared {
             ended_by_broker: Notify::new(),
             is_probing: AtomicBool::new(false),
             is_renewing: AtomicBool::new(false),
+            is_publisher_up: AtomicBool::new(true),
             token: (rng.u64(..), AtomicU64::new(0)),
             chance: Mutex::new(rng),
             order: parts.order,
