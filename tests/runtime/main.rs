@@ -5,19 +5,26 @@
 
 mod back_pressure;
 mod concurrent_duplicates;
+mod conflict;
 mod dead_letters;
 mod duplicates;
 mod health;
 mod journal;
 mod kill_switch;
 mod leases;
+mod missing_id;
 mod order;
 mod outage;
 mod panics;
 mod pause_resume;
+mod publishing;
 mod redelivery;
+mod reopen;
 mod retries;
 mod rig;
 mod script;
 mod shutdown;
+mod transactions;
+mod two_versions;
+mod versions;
 mod zombies;

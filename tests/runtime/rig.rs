@@ -21,10 +21,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use hapax::cloudevents::{Convention, encode};
 use hapax::record::Moment;
 use hapax::{
-    Consumer, ConsumerBuilder, ConsumerHandle, Context, DeadLetter, EventKey, Failure, Handler, Message, Reason,
-    RecordView, Statistics, Status, StoreAdmin,
+    Consumer, ConsumerBuilder, ConsumerHandle, Context, DeadLetter, EventKey, Failure, Handler, Message,
+    RESERVED_PREFIX, Reason, RecordView, Statistics, Status, StoreAdmin,
 };
 use hapax_memory::{MemoryBroker, MemoryBrokerBuilder, MemoryStore};
 use hapax_testkit::faulty::{FaultSwitch, Faults, FaultyBroker, FaultyStore};
@@ -130,6 +131,15 @@ impl Rig {
     /// Publishes.
     pub(crate) async fn send(&self, message: Message) {
         self.broker.publisher().send(message).await;
+    }
+
+    /// Sends a dead letter back as the broker's own tools do: with every header it bears.
+    pub(crate) async fn send_back(&self, letter: &Message) {
+        let (mut headers, body) = encode(letter, &Convention::MEMORY);
+        headers.retain(|name| !name.starts_with(RESERVED_PREFIX));
+        let of_ours = letter.headers.iter().filter(|(name, _)| name.starts_with(RESERVED_PREFIX));
+        of_ours.for_each(|(name, value)| headers.push(name, value.clone()));
+        self.broker.publisher().send_wire(headers, body).await;
     }
 
     /// Publishes events with these ids, in this order.
