@@ -158,6 +158,7 @@ impl Shared {
                 };
             }
             // The others' claims are given back first: a crash of this process must not count for them.
+            others_first().await;
             suspect.is_the_only_one().await;
             self.run(delivery, event, grant).await
         })
@@ -544,6 +545,19 @@ impl Polls {
 fn text_of(failure: &Failure) -> String {
     catch_unwind(AssertUnwindSafe(|| failure.to_string()))
         .unwrap_or_else(|_| "its text cannot be told: it panicked".into())
+}
+
+/// Lets the lives that were woken with this one go first: those whose claims came with its own show themselves.
+async fn others_first() {
+    let mut gave_way = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut gave_way, true) {
+            return std::task::Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        std::task::Poll::Pending
+    })
+    .await;
 }
 
 /// The waker of the life that asks.
