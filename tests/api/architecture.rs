@@ -31,7 +31,7 @@ fn sources(folder: &Path) -> Vec<(String, String)> {
 /// The lines that are code: no comments, and nothing behind the unit tests.
 fn code(text: &str) -> impl Iterator<Item = &str> {
     let lines = text.lines().map(str::trim_start);
-    lines.take_while(|line| *line != "#[cfg(test)]" && *line != "mod tests;").filter(|line| !line.starts_with("//"))
+    lines.take_while(|line| *line != "mod tests {").filter(|line| !line.starts_with("//"))
 }
 
 #[test]
