@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use crate::rig::{Builder, Rig, Runs, event, key};
+use crate::script::{self, Script};
 
 const LEASE: Duration = Duration::from_secs(30);
 
@@ -347,23 +348,6 @@ async fn a_store_clock_that_steps_back_delays_and_breaks_nothing() {
     assert!(all[1].fence > all[0].fence, "fences grow, whatever the clock does");
 }
 
-/// celery/kombu#337, celery/celery#3270: a delay longer than the visibility timeout ran the task again and again.
-#[tokio::test(start_paused = true)]
-async fn delay_longer_than_lease_runs_once() {
-    let (rig, runs) = (Rig::new(), Runs::default());
-    let handler = runs.answer(|run| match run.attempt {
-        1 => Err(Failure::retryable("later").after(seconds(3600))),
-        _ => Ok(()),
-    });
-    let _billing = rig.start("billing", |c| c.on_any(handler)).await;
-    rig.send(event("1")).await;
-    rig.settled().await;
-    assert_eq!(runs.attempts("1"), [1, 2]);
-    let again = &runs.of("1")[1];
-    assert!((seconds(3600)..seconds(3602)).contains(&again.at), "{:?}", again.at);
-    assert_eq!(again.crashes, 0);
-}
-
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_the_store_refuses_to_renew_costs_nobody_else_theirs() {
     let (rig, runs) = (Rig::new(), Runs::default());
@@ -377,4 +361,47 @@ async fn a_lease_that_the_store_refuses_to_renew_costs_nobody_else_theirs() {
     rig.store_faults.heal();
     rig.settled().await;
     assert_eq!((runs.attempts("1"), runs.attempts("3")), (vec![1], vec![1]));
+}
+
+/// The others' claims end first: a crash of this process must not count for them.
+#[tokio::test(start_paused = true)]
+async fn an_event_with_a_crash_in_its_history_runs_when_the_others_gave_their_claims_back() {
+    let (rig, runs, script) = (Rig::new(), Runs::default(), Script::default());
+    let hangs = |c: Builder| c.on_any(runs.then(|_, _| for_ever()));
+    let first = rig.start("billing", hangs).await;
+    rig.send_all(0..3).await;
+    rig.until("running", || runs.len() == 3).await;
+    first.crash().await;
+    sleep(LEASE).await;
+    let give_backs = script.gate("record");
+    let _second = script::start(&rig, "billing", &script, |c| c.on_any(runs.ok())).await;
+    sleep(seconds(5)).await;
+    assert!(script.is_over(), "the others are being given back");
+    assert_eq!(runs.len(), 3, "and nothing runs before they are");
+    give_backs.add_permits(1);
+    rig.settled().await;
+    for id in 0..3 {
+        assert_eq!(runs.of(&id.to_string()).last().map(|run| (run.attempt, run.crashes)), Some((2, 1)));
+    }
+}
+
+/// riverqueue/river#1318: a page full of long-running jobs kept the rescuer from the stuck ones behind it.
+#[tokio::test(start_paused = true)]
+async fn reclaim_paginates_past_live_leases() {
+    let (rig, runs) = (Rig::new(), Runs::default());
+    let hangs_once = |c: Builder| {
+        let handler = runs.then(|run, _| async move { if run.attempt == 1 { for_ever().await } else { Ok(()) } });
+        c.on_any(handler).concurrency(1_000).timeout(seconds(3_600))
+    };
+    let lives = rig.start("billing", |c| hangs_once(c).in_flight_max(1_000)).await;
+    rig.send_all(0..1_000).await;
+    rig.until("running", || runs.len() == 1_000).await;
+    let dies = rig.start("billing", |c| hangs_once(c).in_flight_max(1_000)).await;
+    rig.send(event("stuck")).await;
+    rig.until("running", || runs.of("stuck").len() == 1).await;
+    dies.crash().await;
+    let _next = rig.start("billing", hangs_once).await;
+    sleep(LEASE + seconds(2)).await;
+    assert_eq!(runs.attempts("stuck"), [1, 2], "found behind a thousand that are held");
+    assert_eq!((runs.len(), lives.statistics().leases_lost), (1_002, 0));
 }

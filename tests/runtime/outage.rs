@@ -132,28 +132,6 @@ async fn an_outage_shorter_than_the_lease_is_survived_by_what_runs() {
     assert_eq!((runs.len(), billing.statistics().leases_lost), (5, 0));
 }
 
-/// sidekiq/sidekiq#4141, #1511: a failure while the broker was away lost the job.
-#[tokio::test(start_paused = true)]
-async fn failure_during_outage_is_retried() {
-    let (rig, runs) = (Rig::new(), Runs::default());
-    let handler = runs.then(|run, _| async move {
-        sleep(seconds(2)).await;
-        if run.attempt == 1 { Err(Failure::retryable("no")) } else { Ok(()) }
-    });
-    let _billing = rig.start("billing", |c| c.on_any(handler)).await;
-    rig.send(event("1")).await;
-    rig.until("running", || runs.len() == 1).await;
-    rig.store_faults.begin_outage();
-    rig.broker_faults.begin_outage();
-    sleep(seconds(20)).await;
-    rig.store_faults.end_outage();
-    sleep(seconds(20)).await;
-    rig.broker_faults.end_outage();
-    rig.settled().await;
-    assert_eq!(runs.attempts("1"), [1, 2]);
-    assert_eq!(rig.status("billing", "1").await, Some(Status::Processed));
-}
-
 #[tokio::test(start_paused = true)]
 async fn an_outage_that_only_renewals_meet_is_noticed_and_found_to_be_over() {
     let (rig, runs, script) = (Rig::new(), Runs::default(), Script::default());
@@ -237,9 +215,8 @@ async fn a_renewal_that_hangs_once_costs_no_lease() {
     assert_eq!((runs.len(), billing.statistics().leases_lost), (1, 0));
 }
 
-/// JasperFx/wolverine@ebfa891e5 (GH-3413): one item that could not be resolved lost the rest of its batch.
 #[tokio::test(start_paused = true)]
-async fn poison_in_batch_spares_neighbours() {
+async fn a_bad_item_is_found_by_halving_its_batch() {
     let (rig, runs) = (Rig::new(), Runs::default());
     rig.store_faults.reject(key("billing", "bad"));
     let billing = rig.start("billing", |c| c.on_any(runs.ok())).await;
