@@ -7,6 +7,7 @@
 mod effects;
 mod endings;
 mod leases;
+mod lives;
 mod settling;
 
 use std::collections::BTreeSet;

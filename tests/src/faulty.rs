@@ -160,7 +160,7 @@ impl FaultSwitch {
     }
 
     /// What can strike before a call: an outage, a hang, a wait, a refusal.
-    async fn before(&self, operation: &'static str) -> Result<()> {
+    pub(crate) async fn before(&self, operation: &'static str) -> Result<()> {
         self.outage(operation)?;
         if self.strikes("hang", |faults| faults.hang) {
             return std::future::pending().await;
@@ -186,7 +186,7 @@ impl FaultSwitch {
         answer
     }
 
-    async fn around<T>(&self, operation: &'static str, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn around<T>(&self, operation: &'static str, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.before(operation).await?;
         self.after(operation, call.await)
     }

@@ -4,6 +4,7 @@
 //!   [`transactional_conformance!`] run them all against a fixture.
 //! - [`faulty`]: brokers and stores that fail, hang, lose answers, deliver twice and out of order.
 //! - [`ledger`]: the history of what happened, kept by witnesses.
+//! - [`simulation`]: the real pipeline behind faults from a seed, any number of times.
 //! - [`Harness`]: a user's production wiring, without a broker and without waiting.
 //! - [`explore()`]: which await points of a handler stand a crash.
 //! - [`checkers`]: the invariants of the promise, as functions over a history.
@@ -16,6 +17,7 @@ pub mod explore;
 pub mod faulty;
 pub mod harness;
 pub mod ledger;
+pub mod simulation;
 mod stage;
 
 pub use explore::{Explore, explore};

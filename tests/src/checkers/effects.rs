@@ -5,35 +5,30 @@ use std::time::Duration;
 
 use hapax::{EventKey, Fingerprint, Receipt};
 
+use super::lives::{Lives, StoodStill};
 use super::{Findings, Terms, Violation};
 use crate::ledger::{Answer, Ending, Entry, Recording, Renewing, Settling, What};
 
-/// No handler starts once its event has ended, but for a worker that stood still between its claim and the start.
+/// No handler starts once its event has ended, but for a worker that stood still, or a clock that was set, between its
+/// claim and the start.
 pub fn no_start_after_terminal(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("no_start_after_terminal");
     let mut ended = BTreeSet::new();
-    let mut granted: BTreeMap<(u32, EventKey, u64), Duration> = BTreeMap::new();
-    let mut resumed: BTreeMap<u32, Duration> = BTreeMap::new();
+    let mut still = StoodStill::default();
+    let mut lives = Lives::default();
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        still.see(entry);
+        if let Some(key) = lives.see(entry) {
             ended.remove(&key);
         }
         match &entry.what {
-            What::Claimed { key, answer: Answer::Granted { fence, .. }, .. } => {
-                granted.insert((entry.worker, *key, *fence), entry.at);
-            }
-            What::Resumed => {
-                resumed.insert(entry.worker, entry.at);
-            }
             What::Started { key, fence, .. } if ended.contains(key) => {
-                let claimed = granted.get(&(entry.worker, *key, *fence));
-                let stood_still = claimed.is_some_and(|at| resumed.get(&entry.worker).is_some_and(|then| then >= at));
-                if !stood_still {
+                if !still.excuses(entry.worker, *key, *fence) {
                     found.add(entry, format!("started under fence {fence} although it had ended"));
                 }
             }
             what => {
-                if let (Some(_), Some(key)) = (what.terminal(), what.key()) {
+                if let (Some(_), Some(key), true) = (what.terminal(), what.key(), lives.is_of_now(entry)) {
                     ended.insert(key);
                 }
             }
@@ -62,6 +57,7 @@ impl Life {
 pub fn explained_duplicate(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("explained_duplicate");
     let mut lives: BTreeMap<EventKey, Life> = BTreeMap::new();
+    let mut anew = Lives::default();
     let mut running: BTreeMap<u32, BTreeSet<(EventKey, u64)>> = BTreeMap::new();
     let close = |found: &mut Findings, key: EventKey, life: &Life, at: Duration| {
         if life.unexplained() > 1 {
@@ -69,7 +65,7 @@ pub fn explained_duplicate(history: &[Entry], _: &Terms) -> Vec<Violation> {
         }
     };
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key())
+        if let Some(key) = anew.see(entry)
             && let Some(life) = lives.remove(&key)
         {
             close(&mut found, key, &life, entry.at);
@@ -108,8 +104,9 @@ pub fn explained_duplicate(history: &[Entry], _: &Terms) -> Vec<Violation> {
 pub fn effect_once_tx(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("effect_once_tx");
     let mut done = BTreeSet::new();
+    let mut lives = Lives::default();
     for entry in history.iter().filter(|_| terms.transactional) {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        if let Some(key) = lives.see(entry) {
             done.remove(&key);
         }
         if let What::Effect { key, .. } = &entry.what
@@ -145,9 +142,13 @@ pub fn conflict_never_runs(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("conflict_never_runs");
     let mut known: BTreeMap<EventKey, Fingerprint> = BTreeMap::new();
     let mut delivered: BTreeMap<(u32, u32, Receipt), Fingerprint> = BTreeMap::new();
+    let mut lives = Lives::default();
+    // A duplicate of a dead letter may be acked behind the letter's return, which may bring other data.
+    let mut reopened = BTreeSet::new();
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        if let Some(key) = lives.see(entry) {
             known.remove(&key);
+            reopened.insert(key);
         }
         match &entry.what {
             What::Delivered { receipt, fingerprint, .. } => {
@@ -162,6 +163,7 @@ pub fn conflict_never_runs(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 let fingerprint = delivered.get(&(entry.worker, entry.incarnation, *receipt));
                 if let (Some(known), Some(fingerprint)) = (known.get(key), fingerprint)
                     && !known.agrees(*fingerprint)
+                    && !reopened.contains(key)
                 {
                     found.add(entry, "other data was acked");
                 }
@@ -193,9 +195,8 @@ pub fn key_order(history: &[Entry], terms: &Terms) -> Vec<Violation> {
                     found.add(entry, format!("started before {:?} had ended", lane.front()));
                 }
             }
-            What::Settled {
-                key: Some(key), settlement: Settling::Ack | Settling::DeadLetter { .. }, ok: true, ..
-            } => {
+            // From here on it may have been done: whoever asked may die before the answer comes.
+            What::SettleAsked { key: Some(key), settlement: Settling::Ack | Settling::DeadLetter { .. }, .. } => {
                 ended.insert(*key);
             }
             what => {
@@ -208,24 +209,35 @@ pub fn key_order(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     found.1
 }
 
+/// Stores keep times in microseconds.
+const PRECISION: Duration = Duration::from_micros(1);
+
 /// What failed does not start again before its time.
 pub fn retry_not_early(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("retry_not_early");
     let mut due: BTreeMap<EventKey, (u64, Duration)> = BTreeMap::new();
+    // Answers to what was asked before a clock was set tell nothing about times.
+    let mut stepped = None;
+    let mut lives = Lives::default();
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        if let Some(key) = lives.see(entry) {
             due.remove(&key);
         }
         match &entry.what {
-            What::Recorded { key, asked, fence, outcome: Ending::Failed { after, .. }, answer: Recording::Done } => {
+            What::Recorded { key, asked, fence, outcome: Ending::Failed { after, .. }, answer: Recording::Done }
+                if stepped.is_none_or(|at| *asked > at) =>
+            {
                 due.insert(*key, (*fence, *asked + *after));
             }
             What::Started { key, fence, .. } => {
-                if let Some((_, due)) = due.get(key).filter(|(failed, due)| failed < fence && entry.at < *due) {
+                if let Some((_, due)) = due.get(key).filter(|(failed, due)| failed < fence && entry.at + PRECISION < *due) {
                     found.add(entry, format!("started before {due:?}"));
                 }
             }
-            What::ClockStepped => due.clear(),
+            What::ClockStepped => {
+                due.clear();
+                stepped = Some(entry.at);
+            }
             _ => {}
         }
     }

@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use hapax::EventKey;
+use hapax::{EventKey, Receipt};
 
+use super::lives::Lives;
 use super::{Findings, Terms, Violation};
 use crate::ledger::Terminal;
-use crate::ledger::{Ending, Entry, Settling, What};
+use crate::ledger::{Answer, Ending, Entry, Settling, What};
 
 fn healed(history: &[Entry]) -> Option<Duration> {
     history.iter().find(|entry| entry.what == What::Healed).map(|entry| entry.at)
@@ -24,7 +25,12 @@ fn endings(history: &[Entry], terms: &Terms) -> BTreeMap<EventKey, Duration> {
     let mut endings = BTreeMap::new();
     for entry in history {
         let ended = match &entry.what {
-            What::Settled { key, settlement: Settling::DeadLetter { .. }, ok: true, .. } => *key,
+            // A conflict's dead letter is another message under the same id.
+            What::Settled { key, settlement: Settling::DeadLetter { reason }, ok: true, .. } if *reason != "conflict" => {
+                *key
+            }
+            // Its worker may have died before it heard that it was placed.
+            What::DeadLetterPlaced { key, reason, .. } if &**reason != "conflict" => Some(*key),
             What::Settled { key: Some(key), settlement: Settling::Ack, ok: true, .. } => {
                 terms.ignored.contains(key).then_some(*key)
             }
@@ -81,8 +87,9 @@ pub fn terminal_exclusive(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("terminal_exclusive");
     let mut ended: BTreeMap<EventKey, Terminal> = BTreeMap::new();
     let mut anew = BTreeSet::new();
+    let mut lives = Lives::default();
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        if let Some(key) = lives.see(entry) {
             ended.remove(&key);
             anew.insert(key);
         }
@@ -92,7 +99,7 @@ pub fn terminal_exclusive(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::DeadLetterPlaced { key, reason, .. } if &**reason != "conflict" && !anew.contains(key) => {
                 Some(Terminal::DeadLettered)
             }
-            what => what.terminal(),
+            what => what.terminal().filter(|_| lives.is_of_now(entry)),
         };
         if let (Some(how), Some(key)) = (how, entry.what.key()) {
             let before = *ended.entry(key).or_insert(how);
@@ -133,21 +140,41 @@ pub fn scope_isolation(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     found.1
 }
 
-/// What failed is started again or ends, and what was given back is delivered again, once the faults are over.
+/// What failed is started again or ends, and what was given back is delivered again, once the faults are over. Answers
+/// can come late: what was claimed or delivered since it was asked has gone on already.
 pub fn retry_not_lost(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("retry_not_lost");
     let (mut waiting, mut away) = (BTreeSet::new(), BTreeSet::new());
-    for entry in history {
+    let mut granted: BTreeMap<EventKey, u64> = BTreeMap::new();
+    let mut delivered: BTreeMap<EventKey, usize> = BTreeMap::new();
+    let mut asked: BTreeMap<(u32, u32, Receipt), usize> = BTreeMap::new();
+    for (line, entry) in history.iter().enumerate() {
         match &entry.what {
-            What::Recorded { key, outcome: Ending::Failed { .. }, answer, .. } if answer.is_written() => {
-                waiting.insert(*key);
+            What::Claimed { key, answer: Answer::Granted { fence, .. }, .. } => {
+                let highest = granted.entry(*key).or_default();
+                *highest = (*highest).max(*fence);
+            }
+            What::Recorded { key, fence, outcome: Ending::Failed { .. }, answer, .. } if answer.is_written() => {
+                if granted.get(key).is_none_or(|highest| highest <= fence) {
+                    waiting.insert(*key);
+                }
+            }
+            What::SettleAsked { receipt, settlement: Settling::Retry { .. } | Settling::Release, .. } => {
+                asked.entry((entry.worker, entry.incarnation, *receipt)).or_insert(line);
             }
             What::Settled {
-                key: Some(key), settlement: Settling::Retry { .. } | Settling::Release, ok: true, ..
+                key: Some(key),
+                receipt,
+                settlement: Settling::Retry { .. } | Settling::Release,
+                ok: true,
             } => {
-                away.insert(*key);
+                let asked = asked.get(&(entry.worker, entry.incarnation, *receipt)).copied().unwrap_or(line);
+                if delivered.get(key).is_none_or(|delivered| *delivered < asked) {
+                    away.insert(*key);
+                }
             }
             What::Delivered { key, .. } => {
+                delivered.insert(*key, line);
                 away.remove(key);
             }
             What::Started { key, .. } | What::Recorded { key, outcome: Ending::Doomed, .. } => {
@@ -177,7 +204,9 @@ pub fn retry_not_lost(history: &[Entry], _: &Terms) -> Vec<Violation> {
 pub fn dead_letter_complete(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("dead_letter_complete");
     let (mut recorded, mut placed, mut anew) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut lives = Lives::default();
     for entry in history {
+        anew.extend(lives.see(entry));
         match &entry.what {
             What::DeadLetterPlaced { key, reason, attempts, intact } => {
                 placed.insert(*key);
@@ -185,7 +214,6 @@ pub fn dead_letter_complete(history: &[Entry], _: &Terms) -> Vec<Violation> {
                     found.add(entry, format!("intact: {intact}, reason {reason:?}, {attempts} attempts"));
                 }
             }
-            what if what.begins_anew() => anew.extend(what.key()),
             what if what.terminal() == Some(Terminal::DeadLettered) => recorded.extend(what.key()),
             _ => {}
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hapax::EventKey;
 
+use super::lives::{Lives, StoodStill};
 use super::{Findings, Terms, Violation};
 use crate::ledger::{Answer, Ending, Entry, Recording, Renewing, What};
 
@@ -13,10 +14,13 @@ pub fn one_live_lease(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("one_live_lease");
     // Fence, and until when it lasts for certain: the store granted no earlier than it was asked.
     let mut live: BTreeMap<EventKey, (u64, Duration)> = BTreeMap::new();
+    // Answers to what was asked before a clock was set tell nothing about times.
+    let mut stepped = None;
+    let counts = |asked: &Duration, stepped: Option<Duration>| stepped.is_none_or(|at| *asked > at);
     for entry in history {
         match &entry.what {
             What::Claimed { key, asked, lease, answer: Answer::Granted { fence, .. }, .. } => {
-                let end = *asked + *lease;
+                let end = if counts(asked, stepped) { *asked + *lease } else { Duration::ZERO };
                 match live.get_mut(key) {
                     // A late answer: it was overtaken before it was heard.
                     Some((holder, _)) if *holder > *fence => continue,
@@ -31,7 +35,7 @@ pub fn one_live_lease(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 }
                 live.insert(*key, (*fence, end));
             }
-            What::Renewed { key, asked, fence, lease, answer: Renewing::Renewed } => {
+            What::Renewed { key, asked, fence, lease, answer: Renewing::Renewed } if counts(asked, stepped) => {
                 if let Some((_, until)) = live.get_mut(key).filter(|(holder, _)| holder == fence) {
                     *until = (*asked + *lease).max(*until);
                 }
@@ -45,7 +49,10 @@ pub fn one_live_lease(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::Forgotten { key } => {
                 live.remove(key);
             }
-            What::ClockStepped => live.clear(),
+            What::ClockStepped => {
+                live.clear();
+                stepped = Some(entry.at);
+            }
             _ => {}
         }
     }
@@ -121,8 +128,9 @@ pub fn fenced_write_rejected(history: &[Entry], _: &Terms) -> Vec<Violation> {
 pub fn attempts_survive(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("attempts_survive");
     let mut attempts: BTreeMap<EventKey, BTreeMap<u64, u32>> = BTreeMap::new();
+    let mut lives = Lives::default();
     for entry in history {
-        if let (true, Some(key)) = (entry.what.begins_anew(), entry.what.key()) {
+        if let Some(key) = lives.see(entry) {
             attempts.remove(&key);
         }
         if let What::Claimed { key, answer: Answer::Granted { fence, attempt, .. }, .. } = &entry.what {
@@ -137,28 +145,34 @@ pub fn attempts_survive(history: &[Entry], _: &Terms) -> Vec<Violation> {
 }
 
 /// A handler is started at most `attempts_max + crashes_max` times, uncounted failures aside, and never once its event
-/// is doomed.
+/// is doomed, but for a worker that stood still, or a clock that was set, before the start.
 pub fn attempts_bounded(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("attempts_bounded");
-    let mut lives: BTreeMap<EventKey, (u32, u32, bool)> = BTreeMap::new();
+    let mut bounds: BTreeMap<EventKey, (u32, u32, bool)> = BTreeMap::new();
+    let mut lives = Lives::default();
+    let mut still = StoodStill::default();
     for entry in history {
-        let Some(key) = entry.what.key() else { continue };
-        if entry.what.begins_anew() {
-            lives.remove(&key);
+        still.see(entry);
+        if let Some(key) = lives.see(entry) {
+            bounds.remove(&key);
         }
-        let (starts, uncounted, doomed) = lives.entry(key).or_default();
+        let Some(key) = entry.what.key() else { continue };
+        let (starts, uncounted, doomed) = bounds.entry(key).or_default();
+        let is_of_now = lives.is_of_now(entry);
         match &entry.what {
-            What::Started { .. } => {
+            What::Started { fence, .. } => {
                 *starts += 1;
-                if *doomed {
+                if *doomed && !still.excuses(entry.worker, key, *fence) {
                     found.add(entry, "started although it is doomed");
                 } else if *starts > terms.attempts_max + terms.crashes_max + *uncounted {
                     found.add(entry, format!("started {starts} times, {uncounted} of them uncounted"));
                 }
             }
             What::RecordAsked { outcome: Ending::Failed { counted: false, .. }, .. } => *uncounted += 1,
-            What::Recorded { outcome: Ending::Doomed, answer, .. } if answer.is_written() => *doomed = true,
-            What::Claimed { answer: Answer::Granted { doomed: true, .. }, .. } => *doomed = true,
+            What::Recorded { outcome: Ending::Doomed, answer, .. } if answer.is_written() && is_of_now => {
+                *doomed = true;
+            }
+            What::Claimed { answer: Answer::Granted { doomed: true, .. }, .. } if is_of_now => *doomed = true,
             _ => {}
         }
     }

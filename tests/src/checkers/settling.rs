@@ -80,17 +80,27 @@ impl Hands {
 pub fn no_settle_when_fenced(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("no_settle_when_fenced");
     let (mut lost, mut hands) = (BTreeSet::new(), Hands::default());
+    // A lease that its holder has ended by an outcome is not lost, although it is not renewed any more.
+    let mut written = BTreeSet::new();
     for entry in history {
         match &entry.what {
-            What::Recorded { key, answer: Recording::Fenced, .. }
-            | What::Renewed { key, answer: Renewing::Lost, .. } => {
+            What::Recorded { key, answer: Recording::Fenced, .. } => {
                 lost.insert((entry.worker, *key));
+            }
+            What::Renewed { key, fence, answer: Renewing::Lost, .. }
+                if !written.contains(&(entry.worker, *key, *fence)) =>
+            {
+                lost.insert((entry.worker, *key));
+            }
+            What::Recorded { key, fence, answer, .. } if answer.is_written() => {
+                written.insert((entry.worker, *key, *fence));
+                lost.remove(&(entry.worker, *key));
             }
             What::Claimed { key, answer, .. } if !matches!(answer, Answer::Unknown | Answer::Refused) => {
                 lost.remove(&(entry.worker, *key));
             }
             What::SettleAsked { key: Some(key), settlement, .. }
-                if *settlement != Settling::Release
+                if !matches!(settlement, Settling::Release | Settling::Retry { .. })
                     && lost.contains(&(entry.worker, *key))
                     && hands.holds_one(entry.worker, *key) =>
             {
@@ -176,9 +186,9 @@ pub fn settle_on_own_session(history: &[Entry], _: &Terms) -> Vec<Violation> {
 /// No worker holds more unsettled deliveries than it may.
 pub fn bounded_in_flight(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("bounded_in_flight");
-    let mut held: BTreeMap<u32, BTreeSet<Receipt>> = BTreeMap::new();
+    let mut held: BTreeMap<(u32, u32), BTreeSet<Receipt>> = BTreeMap::new();
     for entry in history {
-        let held = held.entry(entry.worker).or_default();
+        let held = held.entry((entry.worker, entry.incarnation)).or_default();
         match &entry.what {
             What::Delivered { receipt, .. } => {
                 held.insert(*receipt);

@@ -270,15 +270,6 @@ impl What {
             _ => None,
         }
     }
-
-    /// Whether the event's life begins anew here, for sure or perhaps: what was known of it no longer counts.
-    pub(crate) fn begins_anew(&self) -> bool {
-        matches!(
-            self,
-            Self::Forgotten { .. }
-                | Self::Claimed { reopen: true, answer: Answer::Granted { attempt: 1, .. } | Answer::Unknown, .. }
-        )
-    }
 }
 
 /// How an event ended.
