@@ -287,7 +287,7 @@ impl Shared {
                 Verdict::Doom(reason) => {
                     let burial =
                         Burial { lease, reason, trouble, recorded: false, attempts: lease.attempt, first: elapsed };
-                    self.bury(delivery, held, burial).await
+                    Step::Bury(held, Box::new(burial))
                 }
             }
         })
