@@ -3,12 +3,17 @@
 //! One file for each theme; each says which invariant it holds up. Tests that bear the name of a bug of another system
 //! cite its issue beside them.
 
+#![allow(clippy::unwrap_used, reason = "a test's helper that cannot go on ends the test")]
+
 mod back_pressure;
 mod concurrent_duplicates;
 mod conflict;
+mod context;
 mod dead_letters;
 mod duplicates;
+mod failure_classes;
 mod health;
+mod holes;
 mod journal;
 mod kill_switch;
 mod leases;
@@ -22,7 +27,10 @@ mod redelivery;
 mod reopen;
 mod retries;
 mod rig;
+mod round_trips;
+mod routing;
 mod script;
+mod settings;
 mod shutdown;
 mod transactions;
 mod two_versions;
