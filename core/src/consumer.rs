@@ -12,10 +12,13 @@ mod keepalive;
 mod lanes;
 mod lives;
 mod pipeline;
+mod reading;
 mod runners;
 mod shared;
+mod steps;
 mod switch;
 mod verdict;
+mod waiting;
 
 use std::fmt;
 use std::future::Future;

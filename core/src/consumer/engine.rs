@@ -57,7 +57,7 @@ where
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             live,
-            lives: Lives::new(),
+            lives: Lives::new().in_order(shared.is_seeded),
             lanes: (shared.order == Order::PerKey).then(Lanes::new),
             runners: Runners::new(),
             calls: FuturesUnordered::new(),

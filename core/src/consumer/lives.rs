@@ -16,6 +16,7 @@ pub(super) struct Lives<F, T> {
     free: Vec<usize>,
     woken: Arc<Woken>,
     round: Vec<usize>,
+    in_order: bool,
 }
 
 struct Slot<F, T> {
@@ -60,7 +61,13 @@ impl Wake for SlotWake {
 
 impl<F: Future<Output = ()>, T> Lives<F, T> {
     pub(super) fn new() -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), woken: Arc::default(), round: Vec::new() }
+        Self { slots: Vec::new(), free: Vec::new(), woken: Arc::default(), round: Vec::new(), in_order: false }
+    }
+
+    /// Polls what was woken in the order of the slots, where a run must repeat exactly: tokio's `watch` wakes those who
+    /// wait for a session's end in an order of chance.
+    pub(super) fn in_order(self, in_order: bool) -> Self {
+        Self { in_order, ..self }
     }
 
     /// Puts a life into a free slot; it is polled in the next round.
@@ -92,6 +99,9 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         self.woken.driver.register(cx.waker());
         std::mem::swap(&mut self.round, &mut *self.woken.slots.lock().unwrap_or_else(PoisonError::into_inner));
         let any = !self.round.is_empty();
+        if self.in_order {
+            self.round.sort_unstable();
+        }
         for index in self.round.drain(..) {
             let slot = &mut self.slots[index];
             // Cleared before the poll: a wake during it queues the slot again.

@@ -13,9 +13,12 @@ use tokio::time::Instant;
 
 use super::calls::{self, GivenUp};
 use super::keepalive::Held;
-use super::shared::{CROWDED, Event, Place, Rare, Read, Shared, Suspect, Turned};
+use super::reading::{Event, Read};
+use super::shared::Shared;
+use super::steps::Rare;
 use super::switch;
 use super::verdict::{self, Answer, Delay, Verdict};
+use super::waiting::{CROWDED, Place, Suspect, Turned};
 use crate::broker::{Delivery, Settlement};
 use crate::dead_letter::Reason;
 use crate::error::ErrorKind;
