@@ -137,6 +137,27 @@ async fn undecodable_envelope_reaches_dlq() {
     billing.stop().await;
 }
 
+/// JasperFx/wolverine@b031f8a38: one unreadable dead letter hid the whole list of them.
+#[tokio::test(start_paused = true)]
+async fn dlq_listing_tolerates_junk() {
+    let (rig, runs) = (Rig::new(), Runs::default());
+    let noted = runs.clone();
+    let handler = runs.answer(move |_| if noted.len() < 3 { Err(Failure::permanent("no")) } else { Ok(()) });
+    let billing = rig.start("billing", |c| c.on_any(handler)).await;
+    let junk = || [("content-type", "application/cloudevents+json")].into_iter().collect::<Headers>();
+    rig.send(event("1")).await;
+    rig.broker.publisher().send_wire(junk(), vec![0, 255]).await;
+    rig.send(event("2")).await;
+    rig.settled().await;
+    let mut ids: Vec<_> = rig.dead().into_iter().map(|(id, _)| id).collect();
+    ids.sort();
+    assert_eq!(ids, ["", "1", "2"]);
+    assert_eq!(rig.broker.redrive(), 3);
+    rig.settled().await;
+    assert_eq!((runs.len(), rig.dead()), (4, vec![(String::new(), Reason::Undecodable)]), "junk alone stays");
+    billing.stop().await;
+}
+
 /// riverqueue/river#1324: an undecodable job was retried for ever. Here it needs no count: no record is written, no
 /// attempt is made, and the first delivery is set aside.
 #[tokio::test(start_paused = true)]
