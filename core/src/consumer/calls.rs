@@ -87,27 +87,29 @@ impl Shared {
         fn claim<'q>(shared: &'q Shared, requests: &'q [ClaimRequest]) -> Asked<'q, Claim> {
             shared.store.claim(requests, shared.settings.lease)
         }
-        self.ask_store(Verb::Claim, batch, claim, |claim, asked| (claim, asked)).await;
+        self.ask_store(Verb::Claim, &self.claims, batch, claim, |claim, asked| (claim, asked)).await;
     }
 
     async fn record_batch(&self, batch: Batch<(Lease, Outcome), std::result::Result<Recorded, GivenUp>>) {
         fn record<'q>(shared: &'q Shared, records: &'q [(Lease, Outcome)]) -> Asked<'q, Recorded> {
             shared.store.record(records)
         }
-        self.ask_store(Verb::Record, batch, record, |recorded, _| recorded).await;
+        self.ask_store(Verb::Record, &self.records, batch, record, |recorded, _| recorded).await;
     }
 
     /// Asks the store until it answered every item, or the consumer gives up.
     async fn ask_store<Q, A, R>(
         &self,
         verb: Verb,
+        coalescer: &Coalescer<Q, std::result::Result<R, GivenUp>>,
         batch: Batch<Q, std::result::Result<R, GivenUp>>,
         call: for<'q> fn(&'q Self, &'q [Q]) -> Asked<'q, A>,
         answer: fn(A, Instant) -> R,
     ) {
-        let mut ranges: Vec<_> = std::iter::once(0..batch.requests.len()).collect();
+        let mut next = Some(0..batch.requests.len());
+        let mut ranges = Vec::new();
         let mut waits = delays(STORE_RETRY_MAX);
-        while let Some(range) = ranges.pop() {
+        while let Some(range) = next.take().or_else(|| ranges.pop()) {
             let asked = Instant::now();
             let requests = &batch.requests[range.clone()];
             match self.in_time(verb, requests.len(), call(self, requests)).await {
@@ -134,18 +136,19 @@ impl Shared {
                 }
             }
         }
+        coalescer.recycle(batch);
     }
 
     /// Settles until every item is answered or stale. A dead letter that cannot be placed is tried again: never acked,
     /// never dropped. The next batch waits for a broker that is out of reach, but not for one letter without a place.
     async fn settle_batch(&self, batch: Batch<(Receipt, Settlement), std::result::Result<(), GivenUp>>) {
         let mut waits = delays(BROKER_RETRY_MAX);
-        let mut open: Vec<usize> = (0..batch.requests.len()).collect();
+        // The first time it is the whole batch as it is; later the few that failed.
+        let mut open: Vec<usize> = Vec::new();
         let mut next_waits = true;
-        while !open.is_empty() {
-            // The first time it is the whole batch as it is; later the few that failed.
+        loop {
             let again: Vec<_>;
-            let items = if open.len() == batch.requests.len() {
+            let items = if open.is_empty() {
                 &batch.requests
             } else {
                 again = open.iter().map(|index| batch.requests[*index].clone()).collect();
@@ -157,7 +160,8 @@ impl Shared {
                 Err(error) => (0..items.len()).map(|_| Err(Error::new(error.kind(), "settle"))).collect(),
             };
             let (mut failed, mut out_of_reach) = (Vec::new(), false);
-            for (index, result) in open.into_iter().zip(results) {
+            for (item, result) in results.into_iter().enumerate() {
+                let index = open.get(item).copied().unwrap_or(item);
                 match result {
                     Ok(()) => batch.answer(index, [Ok(())]),
                     Err(error) if error.kind() == ErrorKind::Stale => batch.answer(index, [Err(GivenUp::Stopped)]),
@@ -176,19 +180,24 @@ impl Shared {
                 self.broker_is_up();
             }
             open = failed;
+            if open.is_empty() {
+                break;
+            }
             if next_waits && !out_of_reach {
                 next_waits = false;
                 self.settles.returned();
                 // The engine looks for the next batch when it is woken.
                 tokio::task::yield_now().await;
             }
-            if !open.is_empty() && !self.pause(&mut waits).await {
+            if !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
+                break;
             }
         }
         if next_waits {
             self.settles.returned();
         }
+        self.settles.recycle(batch);
     }
 
     fn settlement_failed(&self, error: &Error) {
@@ -227,8 +236,10 @@ impl Shared {
             open = failed;
             if std::mem::take(&mut next_waits) {
                 self.publishes.returned();
-                // The engine looks for the next batch when it is woken.
-                tokio::task::yield_now().await;
+                if !open.is_empty() {
+                    // The engine looks for the next batch when it is woken.
+                    tokio::task::yield_now().await;
+                }
             }
             if !open.is_empty() && !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));

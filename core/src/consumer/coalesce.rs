@@ -16,7 +16,12 @@ pub(super) struct Coalescer<Q, A> {
 struct Queue<Q, A> {
     gathering: VecDeque<Batch<Q, A>>,
     under_way: bool,
+    /// Batches that have returned, to be used again when the last of their answers was taken.
+    spare: Vec<Batch<Q, A>>,
 }
+
+/// Most batches that are kept to be used again.
+const SPARE_MAX: usize = 8;
 
 /// Requests that travel together, and the places for their answers.
 pub(super) struct Batch<Q, A> {
@@ -42,14 +47,19 @@ pub(super) struct Ticket<A> {
 
 impl<Q, A> Coalescer<Q, A> {
     pub(super) fn new(batch_max: usize) -> Self {
-        Self { queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false }), batch_max }
+        Self {
+            queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false, spare: Vec::new() }),
+            batch_max,
+        }
     }
 
     /// Puts a request into the gathering batch.
     pub(super) fn call(&self, request: Q) -> Ticket<A> {
         let mut queue = self.lock();
         if queue.gathering.back().is_none_or(|batch| batch.requests.len() >= self.batch_max) {
-            queue.gathering.push_back(Batch { requests: Vec::new(), answers: Arc::new(Answers(Mutex::default())) });
+            let free = queue.spare.iter_mut().position(Batch::is_free);
+            let batch = free.map_or_else(Batch::new, |free| queue.spare.swap_remove(free));
+            queue.gathering.push_back(batch);
         }
         // There is a batch with room, by the line above.
         let batch = queue.gathering.back_mut().expect("a gathering batch");
@@ -75,12 +85,32 @@ impl<Q, A> Coalescer<Q, A> {
         self.lock().under_way = false;
     }
 
+    /// Takes a batch back whose requests are all answered.
+    pub(super) fn recycle(&self, batch: Batch<Q, A>) {
+        let mut queue = self.lock();
+        if queue.spare.len() < SPARE_MAX {
+            queue.spare.push(batch);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue<Q, A>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<Q, A> Batch<Q, A> {
+    fn new() -> Self {
+        Self { requests: Vec::new(), answers: Arc::new(Answers(Mutex::default())) }
+    }
+
+    /// Whether no answer is to be taken any more; empties it, then.
+    fn is_free(&mut self) -> bool {
+        let Some(answers) = Arc::get_mut(&mut self.answers) else { return false };
+        answers.0.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.requests.clear();
+        true
+    }
+
     /// Hands over the answers to the requests from `first` on and wakes who waits for them.
     pub(super) fn answer(&self, first: usize, answers: impl IntoIterator<Item = A>) {
         let mut places = self.answers.lock();

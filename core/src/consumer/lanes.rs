@@ -25,18 +25,25 @@ impl Lane {
 }
 
 /// The lanes in which something runs, each with what waits behind it.
-pub(super) struct Lanes<D>(HashMap<Lane, VecDeque<D>>);
+pub(super) struct Lanes<D> {
+    busy: HashMap<Lane, VecDeque<D>>,
+    /// Queues of lanes that are empty now, with their room.
+    spare: Vec<VecDeque<D>>,
+}
+
+/// Most queues that are kept to be used again.
+const SPARE_MAX: usize = 1_024;
 
 impl<D> Lanes<D> {
     pub(super) fn new() -> Self {
-        Self(HashMap::new())
+        Self { busy: HashMap::new(), spare: Vec::new() }
     }
 
     /// Answers the delivery if it may start now; keeps it if its lane is busy.
     pub(super) fn enter(&mut self, lane: Lane, delivery: D) -> Option<D> {
-        match self.0.entry(lane) {
+        match self.busy.entry(lane) {
             hashbrown::hash_map::Entry::Vacant(vacant) => {
-                vacant.insert(VecDeque::new());
+                vacant.insert(self.spare.pop().unwrap_or_default());
                 Some(delivery)
             }
             hashbrown::hash_map::Entry::Occupied(mut busy) => {
@@ -48,10 +55,13 @@ impl<D> Lanes<D> {
 
     /// What runs in this lane has ended: the next, if one waits.
     pub(super) fn leave(&mut self, lane: Lane) -> Option<D> {
-        let hashbrown::hash_map::Entry::Occupied(mut busy) = self.0.entry(lane) else { return None };
+        let hashbrown::hash_map::Entry::Occupied(mut busy) = self.busy.entry(lane) else { return None };
         let next = busy.get_mut().pop_front();
         if next.is_none() {
-            busy.remove();
+            let queue = busy.remove();
+            if queue.capacity() > 0 && self.spare.len() < SPARE_MAX {
+                self.spare.push(queue);
+            }
         }
         next
     }
@@ -71,7 +81,7 @@ mod tests {
         assert_eq!(lanes.leave(lane), Some(2));
         assert_eq!(lanes.leave(lane), None);
         assert_eq!(lanes.leave(Lane(8)), None);
-        assert!(lanes.0.is_empty());
+        assert!(lanes.busy.is_empty());
     }
 
     #[test]
