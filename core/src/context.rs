@@ -5,6 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -57,7 +58,7 @@ impl<S> Context<S> {
         let key = EventKey::of("test", &text(&attributes.source), &text(&attributes.id));
         let lease = Lease { consumer: crate::store::ConsumerId(0), key, fence: NonZeroU64::MIN, attempt: 1 };
         let run = Run::new("test".into(), Arc::new(message), lease, 0, Duration::from_secs(60));
-        run.begin();
+        run.begin(Instant::now());
         Self::new(Arc::new(run), Arc::new(state))
     }
 

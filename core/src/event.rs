@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::cloudevents;
 use crate::context::Context;
@@ -235,7 +236,7 @@ where
         Err(error) => return Ended::StoreFailed(error),
     };
     // Waiting for a transaction was not the handler's time.
-    run.begin();
+    run.begin(Instant::now());
     if let Err(error) = handler.handle(event, tx, Context::new(Arc::clone(&run), state)).await {
         return Ended::Failed(error.into_failure());
     }

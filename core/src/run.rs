@@ -114,14 +114,18 @@ impl Run {
     }
 
     /// The handler is entered now: its time counts from here.
-    pub(crate) fn begin(&self) {
-        let _ = self.begun.set(Instant::now());
+    pub(crate) fn begin(&self, now: Instant) {
+        let _ = self.begun.set(now);
+    }
+
+    /// The time that the handler has taken.
+    pub(crate) fn taken(&self) -> Duration {
+        self.begun.get().map_or(Duration::ZERO, Instant::elapsed)
     }
 
     /// Time until the handler's timeout.
     pub(crate) fn remaining(&self) -> Duration {
-        let taken = self.begun.get().map_or(Duration::ZERO, Instant::elapsed);
-        self.timeout.saturating_sub(taken)
+        self.timeout.saturating_sub(self.taken())
     }
 
     /// Whether the handler's time is over.

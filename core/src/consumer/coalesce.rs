@@ -47,10 +47,7 @@ pub(super) struct Ticket<A> {
 
 impl<Q, A> Coalescer<Q, A> {
     pub(super) fn new(batch_max: usize) -> Self {
-        Self {
-            queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false, spare: Vec::new() }),
-            batch_max,
-        }
+        Self { queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false, spare: Vec::new() }), batch_max }
     }
 
     /// Puts a request into the gathering batch.

@@ -100,9 +100,9 @@ impl Keepalive {
 
     /// Keeps a lease that was claimed by a request sent at `sent`. `waker` is the life's. It is lost already where the
     /// answer was heard too late: the process stood still, or its claim waited.
-    pub(super) fn hold(&self, lease: Lease, sent: Instant, waker: Waker) -> Held<'_> {
+    pub(super) fn hold(&self, lease: Lease, sent: Instant, now: Instant, waker: Waker) -> Held<'_> {
         let mut table = self.lock();
-        let lost = self.is_over(sent, Instant::now());
+        let lost = self.is_over(sent, now);
         let hold = Some(Hold { lease, renewed: sent, run: None, waker, lost, is_ending: false });
         let index = match table.free.pop() {
             Some(index) => {
@@ -215,8 +215,8 @@ mod tests {
         let lease = Lease { consumer: ConsumerId(1), key: EventKey([1; 16]), fence: NonZeroU64::MIN, attempt: 1 };
         let sent = Instant::now();
         tokio::time::advance(Duration::from_millis(26_999)).await;
-        assert!(!keepalive.hold(lease, sent, Waker::noop().clone()).is_lost());
+        assert!(!keepalive.hold(lease, sent, Instant::now(), Waker::noop().clone()).is_lost());
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert!(keepalive.hold(lease, sent, Waker::noop().clone()).is_lost());
+        assert!(keepalive.hold(lease, sent, Instant::now(), Waker::noop().clone()).is_lost());
     }
 }

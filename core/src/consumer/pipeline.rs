@@ -84,7 +84,7 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
                     }
                 }
                 Answer::Doom { lease, reason, recorded, history } => {
-                    let held = p.keepalive.hold(lease, sent, waker().await);
+                    let held = p.keepalive.hold(lease, sent, Instant::now(), waker().await);
                     if held.is_lost() {
                         Step::ClaimAgain
                     } else {
@@ -174,7 +174,8 @@ impl Shared {
             let after = self.retry(event).delay(lease.attempt, "", self.chance());
             return self.failed_for(delivery, lease, trouble, after, true).await;
         }
-        let held = self.keepalive.hold(lease, grant.sent, waker().await);
+        let now = Instant::now();
+        let held = self.keepalive.hold(lease, grant.sent, now, waker().await);
         let _transaction = self.transaction_turn(event).await;
         if held.is_lost() {
             return Step::ClaimAgain;
@@ -186,10 +187,9 @@ impl Shared {
             Ok(ready) => ready,
             Err(failure) => return self.failed(delivery, event, held, &grant, &failure).await,
         };
-        let begun = Instant::now();
-        let run = Arc::new(self.begin(delivery, event, &grant));
+        let run = Arc::new(self.begin(delivery, event, &grant, now));
         held.watch(&run);
-        let end = self.handle(event, ready, &run, begun).await;
+        let end = self.handle(event, ready, &run).await;
         self.report(grant.place.as_ref(), &end);
         match end {
             End::Handler(Ended::Effect) => {
@@ -417,9 +417,9 @@ impl Shared {
     }
 
     /// Runs the handler, apart from the engine: a panic is its end, and one that blocks stops a runner and not the engine.
-    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>, begun: Instant) -> End {
+    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
         let end = self.ended(event, ready, run).await;
-        let took = begun.elapsed();
+        let took = run.taken();
         self.transaction_took(event, took);
         let how = match &end {
             End::Handler(Ended::Recorded(Recorded::Fenced)) => HandlerEnd::Stopped,
@@ -459,12 +459,12 @@ impl Shared {
         }
     }
 
-    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>) -> Run {
+    fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>, now: Instant) -> Run {
         let (name, message) = (Arc::clone(&self.name), Arc::clone(&delivery.message));
         let run = Run::new(name, message, grant.lease, grant.crashes(), self.timeout(event));
         // In a transaction its time counts from when the transaction has begun.
         if !self.infos[event.route].transactional {
-            run.begin();
+            run.begin(now);
         }
         run
     }
