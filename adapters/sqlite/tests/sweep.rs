@@ -6,7 +6,7 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{Folder, LEASE, RETENTION, claim, doomed, failed, key, lease, process, store};
-use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Status, StoreAdmin};
+use hapax::{Claim, Outcome, ProcessedStore, Status, StoreAdmin};
 use hapax_sqlite::sqlx;
 
 async fn count(store: &hapax_sqlite::SqliteStore) -> i64 {
