@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::cloudevents;
 use crate::context::Context;
@@ -231,9 +231,14 @@ where
     H: TxHandler<E, T::Tx, S>,
 {
     let lease = run.lease;
-    let (tx, mut lent) = match store.begin().await {
-        Ok(begun) => begun,
-        Err(error) => return Ended::StoreFailed(error),
+    // Its lease is renewed meanwhile: without a bound, a store that does not answer would hold the event for ever.
+    let (tx, mut lent) = match timeout(run.remaining(), store.begin()).await {
+        Ok(Ok(begun)) => begun,
+        Ok(Err(error)) => return Ended::StoreFailed(error),
+        Err(_) => {
+            let why = "no transaction within the time that the handler has";
+            return Ended::StoreFailed(Error::new(ErrorKind::Unavailable, "begin").because(why));
+        }
     };
     // Waiting for a transaction was not the handler's time.
     run.begin(Instant::now());

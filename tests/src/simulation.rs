@@ -7,7 +7,7 @@
 //! other data, and operators send dead letters back. Then all is healed. The same seed gives the same history, line by
 //! line ([`Report::trace_hash`]).
 //!
-//! [`Simulation`] runs one seed or many, against back ends of one's own too: a store that is to be trusted should
+//! [`simulate`] runs one seed or many, against back ends of one's own too: a store that is to be trusted should
 //! survive some thousand seeds.
 
 mod chaos;

@@ -15,16 +15,15 @@ use super::calls::{self, GivenUp};
 use super::keepalive::Held;
 use super::reading::{Event, Read};
 use super::shared::Shared;
-use super::steps::Rare;
-use super::switch;
+use super::steps::{End, Rare};
 use super::verdict::{self, Answer, Delay, Verdict};
 use super::waiting::{CROWDED, Place, Suspect, Turned};
 use crate::broker::{Delivery, Settlement};
 use crate::dead_letter::Reason;
 use crate::error::ErrorKind;
-use crate::event::{Ended, Ready};
+use crate::event::Ended;
 use crate::handler::{Failure, FailureKind};
-use crate::observer::{Duplicate, HandlerEnd, Observed};
+use crate::observer::{Duplicate, Observed};
 use crate::run::{Run, Stop};
 use crate::store::{History, Lease, Outcome, Recorded, Trouble};
 
@@ -416,49 +415,6 @@ impl Shared {
         }
     }
 
-    /// Runs the handler, apart from the engine: a panic is its end, and one that blocks stops a runner and not the engine.
-    async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
-        let end = self.ended(event, ready, run).await;
-        let took = run.taken();
-        self.transaction_took(event, took);
-        let how = match &end {
-            End::Handler(Ended::Recorded(Recorded::Fenced)) => HandlerEnd::Stopped,
-            End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
-            End::Handler(Ended::Failed(failure)) => match failure.kind() {
-                FailureKind::Retryable { .. } => HandlerEnd::Retryable,
-                FailureKind::Permanent => HandlerEnd::Permanent,
-                FailureKind::NotYet { .. } => HandlerEnd::NotYet,
-                FailureKind::Unavailable => HandlerEnd::Unavailable,
-            },
-            End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) => HandlerEnd::Stopped,
-            End::Panicked(_) => HandlerEnd::Panicked,
-            End::Stopped(Stop::Timeout) => HandlerEnd::TimedOut,
-            End::Stopped(_) => HandlerEnd::Stopped,
-        };
-        self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took });
-        end
-    }
-
-    /// Tells the kill switch how it went.
-    fn report(&self, place: Option<&Place<'_>>, end: &End) {
-        let Some(place) = place else { return };
-        let result = match end {
-            End::Handler(Ended::Recorded(Recorded::Fenced)) => return,
-            End::Handler(Ended::Effect | Ended::Recorded(_)) => switch::Result::Good,
-            End::Handler(Ended::Failed(failure)) => match failure.kind() {
-                FailureKind::Retryable { .. } | FailureKind::Permanent => switch::Result::Bad,
-                FailureKind::Unavailable => switch::Result::Down,
-                FailureKind::NotYet { .. } => return,
-            },
-            End::Panicked(_) | End::Stopped(Stop::Timeout) => switch::Result::Bad,
-            End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) | End::Stopped(_) => return,
-        };
-        if let Some(open) = place.pass.report(result) {
-            self.view.vitals.switch(open);
-            self.observe(&Observed::Switch { open });
-        }
-    }
-
     fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>, now: Instant) -> Run {
         let (name, message) = (Arc::clone(&self.name), Arc::clone(&delivery.message));
         let run = Run::new(name, message, grant.lease, grant.crashes(), self.timeout(event));
@@ -473,16 +429,6 @@ impl Shared {
     pub(super) fn is_crowded(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) >= self.in_flight_max / 2
     }
-}
-
-/// How a handler's task ended.
-pub(super) enum End {
-    /// It returned.
-    Handler(Ended),
-    /// It panicked, with this text.
-    Panicked(String),
-    /// It was stopped.
-    Stopped(Stop),
 }
 
 /// A granted claim.

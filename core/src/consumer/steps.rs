@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime};
 use tracing::Instrument;
 
 use super::calls::GivenUp;
-use super::pipeline::End;
 use super::reading::Event;
 use super::shared::Shared;
+use super::verdict;
+use super::waiting::Place;
 use crate::broker::{Delivery, Settlement};
 use crate::dead_letter::{DeadLetter, Reason, cut};
 use crate::error::{Error, ErrorKind};
@@ -26,6 +27,16 @@ use crate::trace;
 
 /// A step that few lives take: boxed, so that the common life stays small enough to move and keep.
 pub(super) type Rare<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// How a handler's task ended.
+pub(super) enum End {
+    /// It returned.
+    Handler(Ended),
+    /// It panicked, with this text.
+    Panicked(String),
+    /// It was stopped.
+    Stopped(Stop),
+}
 
 impl Shared {
     /// Gives a delivery back that was not claimed.
@@ -86,8 +97,27 @@ impl Shared {
         Ok(())
     }
 
+    /// Runs the handler, apart from the engine: a panic is its end, and one that blocks stops a runner and not the engine.
+    pub(super) async fn handle(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
+        let end = self.ended(event, ready, run).await;
+        let took = run.taken();
+        self.transaction_took(event, took);
+        let how = verdict::handler_end(&end);
+        self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took });
+        end
+    }
+
+    /// Tells the kill switch how it went.
+    pub(super) fn report(&self, place: Option<&Place<'_>>, end: &End) {
+        let changed = place.zip(verdict::for_switch(end)).and_then(|(place, result)| place.pass.report(result));
+        if let Some(open) = changed {
+            self.view.vitals.switch(open);
+            self.observe(&Observed::Switch { open });
+        }
+    }
+
     /// Hands the handler to a runner and waits for its end, its stop, or its panic.
-    pub(super) async fn ended(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
+    async fn ended(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
         let mut running = ready.start(Arc::clone(run));
         if let Some(stepper) = &self.stepper {
             running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));

@@ -2,10 +2,15 @@
 
 use std::time::Duration;
 
+use super::steps::End;
+use super::switch;
 use crate::dead_letter::Reason;
+use crate::event::Ended;
 use crate::handler::{Failure, FailureKind};
+use crate::observer::HandlerEnd;
 use crate::retry::{Over, RetryPolicy};
-use crate::store::{Claim, History, Lease};
+use crate::run::Stop;
+use crate::store::{Claim, History, Lease, Recorded};
 
 /// The limits that decide.
 #[derive(Clone, Debug)]
@@ -95,6 +100,36 @@ pub(super) fn after_failure(
                 Over::Time => Verdict::Doom(Reason::TimeExhausted),
             }
         }
+    }
+}
+
+/// How a run ended, for observers.
+pub(super) fn handler_end(end: &End) -> HandlerEnd {
+    match end {
+        End::Handler(Ended::Recorded(Recorded::Fenced)) => HandlerEnd::Stopped,
+        End::Handler(Ended::Effect | Ended::Recorded(_)) => HandlerEnd::Ok,
+        End::Handler(Ended::Failed(failure)) => match failure.kind() {
+            FailureKind::Retryable { .. } => HandlerEnd::Retryable,
+            FailureKind::Permanent => HandlerEnd::Permanent,
+            FailureKind::NotYet { .. } => HandlerEnd::NotYet,
+            FailureKind::Unavailable => HandlerEnd::Unavailable,
+        },
+        End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) => HandlerEnd::Stopped,
+        End::Panicked(_) => HandlerEnd::Panicked,
+        End::Stopped(Stop::Timeout) => HandlerEnd::TimedOut,
+        End::Stopped(_) => HandlerEnd::Stopped,
+    }
+}
+
+/// What the kill switch makes of it; nothing where the handler said nothing about itself.
+pub(super) fn for_switch(end: &End) -> Option<switch::Result> {
+    match handler_end(end) {
+        HandlerEnd::Ok => Some(switch::Result::Good),
+        HandlerEnd::Retryable | HandlerEnd::Permanent | HandlerEnd::Panicked | HandlerEnd::TimedOut => {
+            Some(switch::Result::Bad)
+        }
+        HandlerEnd::Unavailable => Some(switch::Result::Down),
+        HandlerEnd::NotYet | HandlerEnd::Stopped => None,
     }
 }
 
