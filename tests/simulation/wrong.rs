@@ -31,9 +31,9 @@ enum Wrong {
     ForgetsProcessed,
     /// Drops the record of what is dead-lettered.
     ForgetsDeadLetters,
-    /// Any token reopens any dead letter, and what is doomed runs like any other.
+    /// What is doomed runs like any other.
     HidesDoom,
-    /// The attempt is counted when a failure is recorded.
+    /// Counts to two.
     ForgetsAttempts,
     /// A takeover is no crash.
     ForgetsCrashes,
@@ -60,12 +60,12 @@ enum Wrong {
 /// Each with an invariant that some seed finds broken.
 const WRONG: &[(Wrong, &str)] = &[
     (Wrong::UnfencedRecord, "fenced_write_rejected"),
-    (Wrong::UnfencedRecord, "effect_once_tx"),
     (Wrong::RenewsAnyFence, "fenced_write_rejected"),
     (Wrong::GrantsHeld, "one_live_lease"),
     (Wrong::OneFence, "fence_monotonic"),
     (Wrong::ForgetsProcessed, "no_start_after_terminal"),
     (Wrong::ForgetsProcessed, "explained_duplicate"),
+    (Wrong::ForgetsProcessed, "effect_once_tx"),
     (Wrong::ForgetsDeadLetters, "terminal_exclusive"),
     (Wrong::HidesDoom, "attempts_bounded"),
     (Wrong::ForgetsAttempts, "attempts_survive"),
@@ -183,7 +183,7 @@ impl Store {
             match (&mut claim, slot) {
                 (Claim::Granted(lease, history), Some(record)) => match (self.wrong, before, history) {
                     (Wrong::OneFence, Some(before), _) => (record.fence, lease.fence) = (before, before),
-                    (Wrong::ForgetsAttempts, Some(_), Some(history)) if history.doomed.is_none() => {
+                    (Wrong::ForgetsAttempts, Some(_), Some(history)) if history.doomed.is_none() && lease.attempt > 2 => {
                         (record.attempt, lease.attempt) = (1, 1);
                     }
                     (Wrong::ForgetsCrashes, _, Some(history)) if history.doomed.is_none() && record.crashes > 0 => {
