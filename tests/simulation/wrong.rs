@@ -183,7 +183,9 @@ impl Store {
             match (&mut claim, slot) {
                 (Claim::Granted(lease, history), Some(record)) => match (self.wrong, before, history) {
                     (Wrong::OneFence, Some(before), _) => (record.fence, lease.fence) = (before, before),
-                    (Wrong::ForgetsAttempts, Some(_), Some(history)) if history.doomed.is_none() && lease.attempt > 2 => {
+                    (Wrong::ForgetsAttempts, Some(_), Some(history))
+                        if history.doomed.is_none() && lease.attempt > 2 =>
+                    {
                         (record.attempt, lease.attempt) = (1, 1);
                     }
                     (Wrong::ForgetsCrashes, _, Some(history)) if history.doomed.is_none() && record.crashes > 0 => {

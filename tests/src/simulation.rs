@@ -197,9 +197,9 @@ impl World {
                     without_id.insert(message.data.clone());
                     continue;
                 };
-                let intact = sent.get(id).is_none_or(|data| {
-                    data.contains(&message.data) && message.headers.get_str("sent-by") == Some(id)
-                });
+                let intact = sent
+                    .get(id)
+                    .is_none_or(|data| data.contains(&message.data) && message.headers.get_str("sent-by") == Some(id));
                 self.ledger.write(What::DeadLetterPlaced {
                     key: EventKey::of(scope, source, id),
                     reason: letter.reason.as_str().into(),

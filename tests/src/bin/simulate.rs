@@ -79,7 +79,8 @@ fn main() -> ExitCode {
     let ran = next.into_inner().min(options.seeds);
     let failed = failed.into_inner();
     let seconds = begun.elapsed().as_secs_f64();
-    println!("{ran} seeds from {} in {seconds:.1} s, {failed} failed", options.from);
+    let summary = format!("{ran} seeds from {} in {seconds:.1} s, {failed} failed\n", options.from);
+    write(&output, &summary);
     ExitCode::from(u8::from(failed > 0))
 }
 
@@ -95,6 +96,10 @@ fn tell(options: &Options, report: &Report, output: &Mutex<std::io::Stdout>) {
     if !report.is_clean() {
         text += &report.to_string();
     }
+    write(output, &text);
+}
+
+fn write(output: &Mutex<std::io::Stdout>, text: &str) {
     if let Ok(mut output) = output.lock() {
         // A reader that has gone has seen enough.
         let _ = output.write_all(text.as_bytes());

@@ -155,7 +155,7 @@ pub fn conflict_never_runs(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 delivered.insert((entry.worker, entry.incarnation, *receipt), *fingerprint);
             }
             What::Claimed { key, fingerprint, answer: Answer::Granted { .. }, .. }
-                if !known.entry(*key).or_insert(*fingerprint).agrees(*fingerprint) =>
+                if lives.is_of_now(entry) && !known.entry(*key).or_insert(*fingerprint).agrees(*fingerprint) =>
             {
                 found.add(entry, "other data was granted");
             }
@@ -230,7 +230,9 @@ pub fn retry_not_early(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 due.insert(*key, (*fence, *asked + *after));
             }
             What::Started { key, fence, .. } => {
-                if let Some((_, due)) = due.get(key).filter(|(failed, due)| failed < fence && entry.at + PRECISION < *due) {
+                if let Some((_, due)) =
+                    due.get(key).filter(|(failed, due)| failed < fence && entry.at + PRECISION < *due)
+                {
                     found.add(entry, format!("started before {due:?}"));
                 }
             }

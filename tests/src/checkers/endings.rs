@@ -26,7 +26,9 @@ fn endings(history: &[Entry], terms: &Terms) -> BTreeMap<EventKey, Duration> {
     for entry in history {
         let ended = match &entry.what {
             // A conflict's dead letter is another message under the same id.
-            What::Settled { key, settlement: Settling::DeadLetter { reason }, ok: true, .. } if *reason != "conflict" => {
+            What::Settled { key, settlement: Settling::DeadLetter { reason }, ok: true, .. }
+                if *reason != "conflict" =>
+            {
                 *key
             }
             // Its worker may have died before it heard that it was placed.

@@ -96,6 +96,11 @@ pub fn no_settle_when_fenced(history: &[Entry], _: &Terms) -> Vec<Violation> {
                 written.insert((entry.worker, *key, *fence));
                 lost.remove(&(entry.worker, *key));
             }
+            // What is doomed is dead-lettered whoever places it: at worst twice.
+            What::Claimed { key, answer: Answer::Granted { fence, doomed: true, .. }, .. } => {
+                written.insert((entry.worker, *key, *fence));
+                lost.remove(&(entry.worker, *key));
+            }
             What::Claimed { key, answer, .. } if !matches!(answer, Answer::Unknown | Answer::Refused) => {
                 lost.remove(&(entry.worker, *key));
             }

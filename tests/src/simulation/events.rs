@@ -47,16 +47,32 @@ impl Event for Derived {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Act {
     Ok,
-    Fails { times: u32, after_ms: Option<u64> },
+    Fails {
+        times: u32,
+        after_ms: Option<u64>,
+    },
     Permanent,
-    Panics { times: u32 },
-    NotYet { times: u32, after_ms: u64 },
-    Unavailable { times: u32 },
+    Panics {
+        times: u32,
+    },
+    NotYet {
+        times: u32,
+        after_ms: u64,
+    },
+    Unavailable {
+        times: u32,
+    },
     /// Takes its process with it.
-    Kills { times: u32 },
+    Kills {
+        times: u32,
+    },
     /// Longer than a lease, and sometimes than its timeout.
-    Slow { ms: u64 },
-    Publishes { events: u32 },
+    Slow {
+        ms: u64,
+    },
+    Publishes {
+        events: u32,
+    },
 }
 
 impl Step {
@@ -149,12 +165,7 @@ pub(super) async fn derived(_: Derived, cx: Context<Process>) -> Result<(), Fail
     start.returned(Ok(()))
 }
 
-async fn act(
-    step: &Step,
-    cx: &Context<Process>,
-    number: u32,
-    effect: &(impl Fn() + Sync),
-) -> Result<(), Failure> {
+async fn act(step: &Step, cx: &Context<Process>, number: u32, effect: &(impl Fn() + Sync)) -> Result<(), Failure> {
     wait(step.before_ms).await;
     let fail = |failure: Failure| {
         if step.halfway {

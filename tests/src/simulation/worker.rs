@@ -18,7 +18,7 @@ use super::events::{self, Process};
 use super::network::{RemoteBroker, RemotePublisher, WorkerStore};
 use super::plan::SCOPES;
 use crate::faulty::{FaultSwitch, FaultyBroker, FaultyStore};
-use crate::ledger::{Ledger, WitnessedBroker, WitnessedStore, What};
+use crate::ledger::{Ledger, What, WitnessedBroker, WitnessedStore};
 
 /// One worker over all its lives.
 pub(super) struct Worker {
@@ -266,9 +266,8 @@ impl Worker {
             let (dies, pauses) = (polls(), polls());
             State {
                 dies_in: (chaos.dies_at_polls && !healed).then(|| rng.u32(1..=dies)),
-                pauses_in: (chaos.pauses_at_polls && !healed).then(|| {
-                    (rng.u32(1..=pauses), Duration::from_millis(rng.u64(1..lease_ms * 2)))
-                }),
+                pauses_in: (chaos.pauses_at_polls && !healed)
+                    .then(|| (rng.u32(1..=pauses), Duration::from_millis(rng.u64(1..lease_ms * 2)))),
                 ..State::default()
             }
         });
