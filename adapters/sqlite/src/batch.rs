@@ -12,6 +12,7 @@ use sqlx::SqliteConnection;
 
 use crate::error::Fault;
 use crate::rows::{self, Frame, Id, Slot, Within};
+use crate::writes;
 
 /// The records that one transaction works on.
 #[derive(Debug, Default)]
@@ -34,7 +35,7 @@ impl Batch {
     }
 
     pub(crate) async fn save(&self, connection: &mut SqliteConnection, commit: bool) -> Result<(), Fault> {
-        rows::save(connection, &self.slots, commit).await
+        writes::save(connection, &self.slots, commit).await
     }
 
     pub(crate) fn claim(

@@ -70,6 +70,7 @@ mod store;
 mod sweep;
 mod tx;
 mod writer;
+mod writes;
 
 pub use schema::SCHEMA_VERSION;
 pub use sqlx;

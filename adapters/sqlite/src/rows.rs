@@ -1,4 +1,4 @@
-//! Records as rows: reading and writing a batch, encode and decode.
+//! Records as rows: reading a batch, decode.
 //!
 //! Events under way are in `hapax_open`, a small table that stays in the page cache; those that ended are in
 //! `hapax_record`. Their keys are hashes, so each row of the large table costs a page of its own in the WAL: an event
@@ -15,7 +15,7 @@ use sqlx::{AssertSqlSafe, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use crate::error::Fault;
 use crate::schema;
-use crate::statements::{Statements, chunks, filled};
+use crate::statements::{KEYS_MAX, OnKeys};
 
 /// How a record is found.
 pub(crate) type Id = (ConsumerId, EventKey);
@@ -27,7 +27,7 @@ pub(crate) struct Slot {
     /// To be written back.
     pub(crate) changed: bool,
     /// Was read from the records of events that ended.
-    ended: bool,
+    pub(crate) ended: bool,
 }
 
 impl Slot {
@@ -53,9 +53,9 @@ pub(crate) enum Within {
     Transaction,
 }
 
-type Statement = sqlx::query::Query<'static, Sqlite, SqliteArguments>;
+pub(crate) type Statement = sqlx::query::Query<'static, Sqlite, SqliteArguments>;
 
-fn statement(sql: &Arc<str>) -> Statement {
+pub(crate) fn statement(sql: &Arc<str>) -> Statement {
     sqlx::query(AssertSqlSafe(Arc::clone(sql)))
 }
 
@@ -67,20 +67,14 @@ pub(crate) async fn load(
 ) -> Result<Frame, Fault> {
     let ids: Vec<Id> = slots.keys().copied().collect();
     let mut frame = None;
-    let mut rest = ids.as_slice();
-    for (take, size) in chunks(ids.len()) {
-        let (chunk, after) = rest.split_at(take);
-        rest = after;
-        let statements = Statements::for_rows(size);
-        let mut read = statement(match (&frame, within) {
+    for ids in ids.chunk_by(|(one, _), (other, _)| one == other).flat_map(|of_one| of_one.chunks(KEYS_MAX)) {
+        let statements = OnKeys::for_keys(ids.len());
+        let read = match (&frame, within) {
             (Some(_), _) => &statements.read,
             (None, Within::Begin) => &statements.begin,
             (None, Within::Transaction) => &statements.frame,
-        });
-        for id in filled(chunk, size) {
-            read = bind_place(read, id);
-        }
-        let rows = read.fetch_all(&mut *connection).await?;
+        };
+        let rows = bind_keys(statement(read), ids).fetch_all(&mut *connection).await?;
         let mut rows = rows.iter();
         if frame.is_none() {
             frame = Some(decode_frame(rows.next())?);
@@ -98,70 +92,17 @@ pub(crate) async fn load(
 
 /// Reads one record outside of any transaction.
 pub(crate) async fn find(pool: &SqlitePool, id: Id) -> Result<Option<SqliteRow>, sqlx::Error> {
-    bind_place(statement(&Statements::for_rows(1).read), id).fetch_optional(pool).await
+    bind_keys(statement(&OnKeys::for_keys(1).read), &[id]).fetch_optional(pool).await
 }
 
-/// Writes the changed records of `slots` back; with `commit` the transaction ends in the same crossing.
-pub(crate) async fn save(
-    connection: &mut SqliteConnection,
-    slots: &BTreeMap<Id, Slot>,
-    commit: bool,
-) -> Result<(), Fault> {
-    let (mut reopened, mut open, mut ended) = (Vec::new(), Vec::new(), Vec::new());
-    for (id, slot) in slots.iter().filter(|(_, slot)| slot.changed) {
-        let Ok(Some(record)) = &slot.record else { continue };
-        if is_ended(record) {
-            ended.push((*id, record));
-            continue;
-        }
-        open.push((*id, record));
-        if slot.ended {
-            reopened.push(*id);
-        }
-    }
-    let by_consumer: Vec<_> = reopened.chunk_by(|(one, _), (other, _)| one == other).collect();
-    for of_one in by_consumer {
-        write(connection, of_one, |statements, _| &statements.reopen, bind_keys).await?;
-    }
-    let last = commit && ended.is_empty();
-    let put = |statements: &'static Statements, end| match last && end {
-        true => &statements.put_and_commit,
-        false => &statements.put,
-    };
-    write(connection, &open, put, |put, rows| rows.iter().fold(put, |put, row| bind_open(put, *row))).await?;
-    let by_consumer: Vec<_> = ended.chunk_by(|((one, _), _), ((other, _), _)| one == other).collect();
-    for (index, of_one) in by_consumer.iter().enumerate() {
-        let last = commit && index + 1 == by_consumer.len();
-        let end = |statements: &'static Statements, end| match last && end {
-            true => &statements.end_and_commit,
-            false => &statements.end,
-        };
-        write(connection, of_one, end, bind_end).await?;
-    }
-    if commit && open.is_empty() && ended.is_empty() {
-        sqlx::query("COMMIT").execute(connection).await?;
-    }
-    Ok(())
+/// The keys of one consumer, as the statements cut them.
+pub(crate) fn bind_keys(statement: Statement, ids: &[Id]) -> Statement {
+    let consumer = ids.first().map(|(consumer, _)| i64::from(consumer.0));
+    let keys: Vec<u8> = ids.iter().flat_map(|(_, key)| key.0).collect();
+    statement.bind(consumer).bind(keys)
 }
 
-/// Writes `items` by the statement that `choose` takes for each chunk, which is told whether the chunk is the last.
-async fn write<T: Copy>(
-    connection: &mut SqliteConnection,
-    items: &[T],
-    choose: impl Fn(&'static Statements, bool) -> &'static Arc<str>,
-    bind: impl Fn(Statement, &[T]) -> Statement,
-) -> Result<(), Fault> {
-    let mut rest = items;
-    for (take, size) in chunks(items.len()) {
-        let (chunk, after) = rest.split_at(take);
-        rest = after;
-        let sql = choose(Statements::for_rows(size), rest.is_empty());
-        bind(statement(sql), &filled(chunk, size)).execute(&mut *connection).await?;
-    }
-    Ok(())
-}
-
-fn is_ended(record: &Record) -> bool {
+pub(crate) fn is_ended(record: &Record) -> bool {
     matches!(record.status(), Status::Processed | Status::DeadLettered)
 }
 
@@ -174,49 +115,6 @@ pub(crate) fn state_number(status: Status) -> i64 {
         Status::Processed => 3,
         Status::DeadLettered => 4,
     }
-}
-
-fn bind_keys(statement: Statement, ids: &[Id]) -> Statement {
-    let consumer = ids.first().map(|(consumer, _)| i64::from(consumer.0));
-    ids.iter().fold(statement.bind(consumer), |statement, (_, key)| statement.bind(key.0.to_vec()))
-}
-
-fn bind_end(statement: Statement, rows: &[(Id, &Record)]) -> Statement {
-    let statement = rows.iter().fold(statement, |statement, row| bind_record(statement, *row));
-    let ids: Vec<Id> = rows.iter().map(|(id, _)| *id).collect();
-    bind_keys(statement, &ids)
-}
-
-fn bind_place(statement: Statement, (consumer, key): Id) -> Statement {
-    statement.bind(i64::from(consumer.0)).bind(key.0.to_vec())
-}
-
-fn bind_record(statement: Statement, (id, record): (Id, &Record)) -> Statement {
-    let (time, reason, doomed) = match record.state {
-        State::Claimed { until } | State::Waiting { until } => (until, None, None),
-        State::Doomed { until, reason, since } => (until, Some(reason), Some(since)),
-        State::Processed { at } => (at, None, None),
-        State::DeadLettered { at, reason, since } => (at, Some(reason), Some(since)),
-    };
-    let trouble = record.trouble.as_deref();
-    bind_place(statement, id)
-        .bind(state_number(record.status()))
-        .bind(integer(time.0))
-        .bind(integer(record.fence.get()))
-        .bind(i64::from(record.attempt))
-        .bind(i64::from(record.crashes))
-        .bind(record.fingerprint.0.to_vec())
-        .bind(reason.map(Reason::as_str))
-        .bind(doomed.map(|since| integer(since.get())))
-        .bind(trouble.map(|trouble| trouble.id.to_string()))
-        .bind(trouble.map(|trouble| trouble.error.to_string()))
-}
-
-fn bind_open(statement: Statement, (id, record): (Id, &Record)) -> Statement {
-    let held = record.status() != Status::Waiting;
-    bind_record(statement, (id, record))
-        .bind(held.then(|| record.token.to_be_bytes().to_vec()))
-        .bind(integer(record.first.0))
 }
 
 fn decode_frame(row: Option<&SqliteRow>) -> Result<Frame, Fault> {

@@ -1,12 +1,17 @@
 //! The statements of the hot path, each for a whole batch, since each one crosses to SQLite's thread and back.
 //!
-//! Batches are cut into powers of two, so that few statements are prepared; a last chunk is filled up by repeating its
-//! last row, which changes nothing.
+//! What a batch has in common is bound once, what differs travels as one blob that the statement cuts up: keys,
+//! fingerprints and tokens are 16 bytes each. Binding each column of each row costs more than SQLite's work on it. Rows
+//! that differ in more (after failures) are bound one by one.
+//!
+//! Batches take the next larger of a few sizes, so that few statements are prepared.
 
 use std::sync::{Arc, LazyLock};
 
-/// Most rows of one statement.
-const CHUNK_MAX: usize = 256;
+/// Most keys of one statement.
+pub(crate) const KEYS_MAX: usize = 1024;
+/// Most rows of one statement that binds them one by one.
+const ROWS_MAX: usize = 256;
 
 /// What a transaction reads besides records: schema version, fence floor, highest consumer.
 const FRAME: &str = "SELECT (SELECT value FROM hapax_meta WHERE name = 'schema'), \
@@ -18,15 +23,6 @@ macro_rules! columns {
         "consumer, key, state, time, fence, attempt, crashes, fingerprint, reason, doomed, trouble_id, trouble_error"
     };
 }
-
-/// Reads the places of a table named `wanted`.
-const READ: &str = concat!(
-    "SELECT ",
-    columns!(),
-    ", token, first FROM wanted CROSS JOIN hapax_open ON consumer = c AND key = k UNION ALL SELECT ",
-    columns!(),
-    ", NULL, NULL FROM wanted CROSS JOIN hapax_record ON consumer = c AND key = k"
-);
 
 /// Events under way in one state, oldest first.
 pub(crate) const LIST_OPEN: &str = concat!(
@@ -42,69 +38,130 @@ pub(crate) const LIST_ENDED: &str = concat!(
     ", NULL, NULL FROM hapax_record WHERE consumer = ? AND state = ? AND length(key) = 16 ORDER BY time, key LIMIT ?"
 );
 
-/// The statements for one number of rows.
+/// One that can end its transaction in the same crossing.
 #[derive(Debug)]
-pub(crate) struct Statements {
-    /// Begins, reads the frame, reads the places.
-    pub(crate) begin: Arc<str>,
-    /// Reads the frame and the places.
-    pub(crate) frame: Arc<str>,
-    /// Reads the places.
-    pub(crate) read: Arc<str>,
-    /// Writes events under way.
-    pub(crate) put: Arc<str>,
-    /// The same, and commits.
-    pub(crate) put_and_commit: Arc<str>,
-    /// Writes events of one consumer that ended, and takes them off those under way.
-    pub(crate) end: Arc<str>,
-    /// The same, and commits.
-    pub(crate) end_and_commit: Arc<str>,
-    /// Takes reopened events of one consumer off those that ended.
-    pub(crate) reopen: Arc<str>,
+pub(crate) struct Ending {
+    goes_on: Arc<str>,
+    commits: Arc<str>,
 }
 
-static STATEMENTS: LazyLock<Vec<Statements>> = LazyLock::new(|| {
-    let sizes = std::iter::successors(Some(1), |size| Some(size * 2)).take_while(|size| *size <= CHUNK_MAX);
-    sizes.map(Statements::of).collect()
+impl Ending {
+    fn of(sql: String) -> Self {
+        Self { commits: format!("{sql}; COMMIT").into(), goes_on: sql.into() }
+    }
+
+    /// The text, with a commit or without.
+    pub(crate) fn sql(&self, commits: bool) -> &Arc<str> {
+        if commits { &self.commits } else { &self.goes_on }
+    }
+}
+
+/// Statements on up to so many keys of one consumer: `?1` is the consumer, `?2` the keys, one after the other.
+#[derive(Debug)]
+pub(crate) struct OnKeys {
+    /// Begins, reads the frame, reads the records.
+    pub(crate) begin: Arc<str>,
+    /// Reads the frame and the records.
+    pub(crate) frame: Arc<str>,
+    /// Reads the records.
+    pub(crate) read: Arc<str>,
+    /// Writes events under way: `?3` to `?7` state, time, fence, attempt and crashes of all, `?8` fingerprints, `?9`
+    /// tokens, `?10` the first claim of all.
+    pub(crate) put: Ending,
+    /// Writes events that ended, `?3` to `?8` as above, and takes them off those under way.
+    pub(crate) end: Ending,
+    /// Takes reopened events off those that ended.
+    pub(crate) reopen: Ending,
+}
+
+static ON_KEYS: LazyLock<Vec<OnKeys>> = LazyLock::new(|| {
+    let sizes = std::iter::successors(Some(1), |size| Some(size * 4)).take_while(|size| *size <= KEYS_MAX);
+    sizes.map(OnKeys::of).collect()
 });
 
-impl Statements {
-    /// Those for a chunk's size, a power of two.
-    pub(crate) fn for_rows(size: usize) -> &'static Self {
-        &STATEMENTS[size.trailing_zeros() as usize]
+impl OnKeys {
+    /// Those for at most [`KEYS_MAX`] keys.
+    pub(crate) fn for_keys(keys: usize) -> &'static Self {
+        let larger = keys.max(1).next_power_of_two().trailing_zeros().div_ceil(2);
+        &ON_KEYS[larger as usize]
     }
 
     fn of(size: usize) -> Self {
-        let rows = |columns: usize| vec![format!("({})", vec!["?"; columns].join(", ")); size].join(", ");
-        // Places of one consumer: SQLite looks single values up in the primary key, but not pairs.
-        let keys = format!("({})", vec!["?"; size].join(", "));
-        let read = format!("WITH wanted (c, k) AS MATERIALIZED (VALUES {}) {READ}", rows(2));
+        let places: Vec<_> = (0..size).map(|row| format!("({})", 16 * row + 1)).collect();
+        let cut = format!("WITH cut (i) AS (VALUES {})", places.join(", "));
         let columns = columns!();
-        let put = format!("INSERT OR REPLACE INTO hapax_open ({columns}, token, first) VALUES {}", rows(14));
+        let found: Vec<_> = columns.split(", ").map(|column| format!("coalesce(o.{column}, r.{column})")).collect();
+        // An event is in one of the two tables: the large one is not searched for what the small one holds.
+        let read = format!(
+            "{cut} SELECT {}, o.token, o.first FROM cut \
+             LEFT JOIN hapax_open o ON o.consumer = ?1 AND o.key = substr(?2, i, 16) \
+             LEFT JOIN hapax_record r ON r.consumer = CASE WHEN o.key IS NULL THEN ?1 END AND r.key = substr(?2, i, 16) \
+             WHERE i <= length(?2) AND (o.key IS NOT NULL OR r.key IS NOT NULL)",
+            found.join(", ")
+        );
+        let common = "?1, substr(?2, i, 16), ?3, ?4, ?5, ?6, ?7, substr(?8, i, 16), NULL, NULL, NULL, NULL";
+        let put = format!(
+            "{cut} INSERT OR REPLACE INTO hapax_open ({columns}, token, first) \
+             SELECT {common}, substr(?9, i, 16), ?10 FROM cut WHERE i <= length(?2)"
+        );
+        let keys = "consumer = ?1 AND key IN (SELECT substr(?2, i, 16) FROM cut WHERE i <= length(?2))";
         let end = format!(
-            "INSERT OR REPLACE INTO hapax_record ({columns}) VALUES {}; \
-             DELETE FROM hapax_open WHERE consumer = ? AND key IN {}",
-            rows(12),
-            keys
+            "{cut} INSERT OR REPLACE INTO hapax_record ({columns}) SELECT {common} FROM cut WHERE i <= length(?2); \
+             {cut} DELETE FROM hapax_open WHERE {keys}"
         );
         Self {
             begin: format!("BEGIN IMMEDIATE; {FRAME}; {read}").into(),
             frame: format!("{FRAME}; {read}").into(),
             read: read.into(),
-            put_and_commit: format!("{put}; COMMIT").into(),
-            put: put.into(),
-            end_and_commit: format!("{end}; COMMIT").into(),
-            end: end.into(),
-            reopen: format!("DELETE FROM hapax_record WHERE consumer = ? AND key IN {keys}").into(),
+            put: Ending::of(put),
+            end: Ending::of(end),
+            reopen: Ending::of(format!("{cut} DELETE FROM hapax_record WHERE {keys}")),
         }
     }
 }
 
-/// Cuts `rows` into chunks: how many rows are taken, and how many the statement has.
+/// Statements on so many rows, each with all its columns.
+#[derive(Debug)]
+pub(crate) struct OnRows {
+    /// Writes events under way.
+    pub(crate) put: Ending,
+    /// Writes events of one consumer that ended, and takes them off those under way.
+    pub(crate) end: Ending,
+}
+
+static ON_ROWS: LazyLock<Vec<OnRows>> = LazyLock::new(|| {
+    let sizes = std::iter::successors(Some(1), |size| Some(size * 2)).take_while(|size| *size <= ROWS_MAX);
+    sizes.map(OnRows::of).collect()
+});
+
+impl OnRows {
+    /// Those for a chunk's size, a power of two.
+    pub(crate) fn for_rows(size: usize) -> &'static Self {
+        &ON_ROWS[size.trailing_zeros() as usize]
+    }
+
+    fn of(size: usize) -> Self {
+        let rows = |columns: usize| vec![format!("({})", vec!["?"; columns].join(", ")); size].join(", ");
+        let columns = columns!();
+        // Keys of one consumer: SQLite looks single values up in the primary key, but not pairs.
+        let keys = format!("({})", vec!["?"; size].join(", "));
+        Self {
+            put: Ending::of(format!("INSERT OR REPLACE INTO hapax_open ({columns}, token, first) VALUES {}", rows(14))),
+            end: Ending::of(format!(
+                "INSERT OR REPLACE INTO hapax_record ({columns}) VALUES {}; \
+                 DELETE FROM hapax_open WHERE consumer = ? AND key IN {keys}",
+                rows(12)
+            )),
+        }
+    }
+}
+
+/// Cuts rows that are bound one by one into chunks: how many are taken, and how many the statement has, a power of two;
+/// the last is filled up.
 pub(crate) fn chunks(mut rows: usize) -> Vec<(usize, usize)> {
     let mut chunks = Vec::new();
     while rows > 0 {
-        let size = rows.next_power_of_two().min(CHUNK_MAX);
+        let size = rows.next_power_of_two().min(ROWS_MAX);
         let take = rows.min(size);
         // Fill up where that wastes little, else take the half that fits.
         let chunk = if take * 4 >= size * 3 { (take, size) } else { (size / 2, size / 2) };
@@ -114,7 +171,7 @@ pub(crate) fn chunks(mut rows: usize) -> Vec<(usize, usize)> {
     chunks
 }
 
-/// A chunk, filled up to its statement's size.
+/// A chunk, filled up to its statement's size by repeating its last row, which changes nothing.
 pub(crate) fn filled<T: Copy>(chunk: &[T], size: usize) -> Vec<T> {
     let mut rows = chunk.to_vec();
     if let Some(last) = chunk.last() {
@@ -132,9 +189,17 @@ mod tests {
         for rows in 0..2000 {
             let chunks = chunks(rows);
             assert_eq!(chunks.iter().map(|(take, _)| take).sum::<usize>(), rows);
-            assert!(chunks.iter().all(|(take, size)| size.is_power_of_two() && take <= size && *size <= CHUNK_MAX));
+            assert!(chunks.iter().all(|(take, size)| size.is_power_of_two() && take <= size && *size <= ROWS_MAX));
             let written = chunks.iter().map(|(_, size)| size).sum::<usize>();
             assert!(written * 3 <= rows * 4, "{rows} rows are written as {written}");
+        }
+    }
+
+    #[test]
+    fn statements_on_keys_have_room_for_all_keys() {
+        for keys in 1..=KEYS_MAX {
+            let places = OnKeys::for_keys(keys).read.matches("), (").count() + 1;
+            assert!(places >= keys && places < 4 * keys.max(1) + 1, "{keys} keys in {places} places");
         }
     }
 

@@ -30,7 +30,7 @@ pub const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub const POOL_CONNECTIONS_MAX: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
 
 /// Pages in the WAL (of 4 KiB by default) after which a commit moves them into the database.
-const CHECKPOINT_PAGES: u32 = 4000;
+const CHECKPOINT_PAGES: u32 = 10_000;
 
 /// Page cache of the writer: 32 MiB, in SQLite's way of saying it.
 const WRITER_CACHE: &str = "-32768";

@@ -157,10 +157,13 @@ impl Lender {
                 *current.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&watch);
                 Box::pin(watched(connection, watch))
             })
-            // Waits for the rollback; a connection that is still inside a transaction is closed, which ends it.
+            // After a commit there is nothing to wait for, else the rollback; a connection that is still inside a
+            // transaction then is closed, which ends it.
             .after_release(|connection, _| {
                 Box::pin(async move {
-                    connection.ping().await?;
+                    if connection.is_in_transaction() {
+                        connection.ping().await?;
+                    }
                     Ok(!connection.is_in_transaction())
                 })
             })

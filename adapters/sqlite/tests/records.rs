@@ -17,24 +17,32 @@ use hapax::{
 #[tokio::test]
 async fn generated_histories_are_answered_as_the_specification_answers() {
     for seed in 0..40 {
-        history(seed).await;
+        history(seed, 12, 60).await;
     }
 }
 
-/// Random claims, renewals and records of a few events, by batches, against the pure functions on a map.
-async fn history(seed: u64) {
+/// Larger than any statement, most of the records alike and some not.
+#[tokio::test]
+async fn large_batches_are_answered_as_the_specification_answers() {
+    for seed in 100..102 {
+        history(seed, 3_000, 16).await;
+    }
+}
+
+/// Random claims, renewals and records of so many events, by batches, against the pure functions on a map.
+async fn history(seed: u64, most: u64, steps: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let folder = Folder::new();
     let (store, clock, first) = store(&folder).await;
     let second = ProcessedStore::open(&store, "mail", RETENTION).await.unwrap();
     let mut map: BTreeMap<(ConsumerId, EventKey), Option<Record>> = BTreeMap::new();
     let mut leases: Vec<Lease> = Vec::new();
-    for step in 0..60_u64 {
+    for step in 0..steps {
         clock.advance(Duration::from_micros(random.u64(0..20_000_000)));
         let now = clock.now();
-        let mut events: Vec<u64> = (0..12).collect();
+        let mut events: Vec<u64> = (0..most).collect();
         random.shuffle(&mut events);
-        events.truncate(random.usize(1..12));
+        events.truncate(random.usize(1..most as usize));
         match random.u8(0..5) {
             0 | 1 => {
                 let batch: Vec<_> =
@@ -51,7 +59,7 @@ async fn history(seed: u64) {
                 }));
             }
             2 if !leases.is_empty() => {
-                let batch: Vec<_> = (0..4).map(|_| leases[random.usize(..leases.len())]).collect();
+                let batch: Vec<_> = (0..most / 3).map(|_| leases[random.usize(..leases.len())]).collect();
                 let expected: Vec<_> = batch
                     .iter()
                     .map(|held| record::renew(map.entry((held.consumer, held.key)).or_default(), held, LEASE, now))
@@ -60,7 +68,7 @@ async fn history(seed: u64) {
             }
             _ if !leases.is_empty() => {
                 let batch: Vec<_> =
-                    (0..4).map(|_| (leases[random.usize(..leases.len())], any_outcome(&mut random))).collect();
+                    (0..most / 3).map(|_| (leases[random.usize(..leases.len())], any_outcome(&mut random))).collect();
                 let expected: Vec<_> = batch
                     .iter()
                     .map(|(held, outcome)| {
@@ -72,7 +80,7 @@ async fn history(seed: u64) {
             _ => {}
         }
     }
-    for ((consumer, key), record) in map {
+    for ((consumer, key), record) in map.into_iter().step_by(most as usize / 12) {
         let name = if consumer == first { "billing" } else { "mail" };
         let found = store.look_up(name, key).await.unwrap();
         let facts = |record: &Record| {
@@ -84,10 +92,11 @@ async fn history(seed: u64) {
 }
 
 fn any_request(random: &mut fastrand::Rng, consumers: [ConsumerId; 2], n: u64, leases: &[Lease]) -> ClaimRequest {
-    let reopen = leases.iter().filter(|lease| lease.key == key(n)).map(|lease| lease.fence).next_back();
+    let key = key(n);
+    let reopen = leases.iter().rfind(|lease| lease.key == key).map(|lease| lease.fence);
     ClaimRequest {
         consumer: consumers[random.usize(..2)],
-        key: key(n),
+        key,
         fingerprint: Fingerprint::of(None, if random.u8(0..10) == 0 { b"other" } else { b"data" }),
         token: random.u128(1..4),
         reopen: reopen.filter(|_| random.bool()),
