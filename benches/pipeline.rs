@@ -120,8 +120,8 @@ fn print(name: &str, costs: &[Cost], figures: &mut Figures) {
     }
 }
 
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
+fn runtime(threads: usize) -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().expect("a runtime")
 }
 
 fn store() -> MemoryStore {
@@ -130,7 +130,7 @@ fn store() -> MemoryStore {
 
 fn run(case: &Case, arguments: &Arguments) -> Vec<Cost> {
     let plan = case.plan(arguments.events);
-    runtime().block_on(async {
+    runtime(2).block_on(async {
         let store = store();
         remember(&store, case.remembered).await;
         let mut costs = Vec::new();
@@ -148,7 +148,7 @@ fn bytes_of_an_id(figures: &mut Figures) {
         return println!("{name:<28} needs --features count-allocations");
     };
     let store = store();
-    runtime().block_on(remember(&store, COUNTED_IDS));
+    runtime(2).block_on(remember(&store, COUNTED_IDS));
     let after = allocated::bytes().unwrap_or_default();
     let bytes = after.saturating_sub(before) as f64 / COUNTED_IDS as f64;
     println!("{name:<28} {bytes:>10.1} bytes a remembered id, of {COUNTED_IDS}");
@@ -189,7 +189,8 @@ fn run_counted(name: &str, arguments: &Arguments) -> ExitCode {
     };
     // Looks seldom, since looking counts too.
     let plan = Plan { look: Duration::from_millis(20), ..case.plan(arguments.events) };
-    runtime().block_on(async {
+    // Callgrind runs one thread at a time: a second would only be counted looking for work.
+    runtime(1).block_on(async {
         if arguments.publish_only {
             drop(topic(&plan, 0));
         } else {
