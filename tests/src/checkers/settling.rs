@@ -1,6 +1,7 @@
 //! Invariants of deliveries: what must be known before one is settled, and by whom.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use hapax::{EventKey, Receipt};
 
@@ -82,27 +83,36 @@ pub fn no_settle_when_fenced(history: &[Entry], _: &Terms) -> Vec<Violation> {
     let (mut lost, mut hands) = (BTreeSet::new(), Hands::default());
     // A lease that its holder has ended by an outcome is not lost, although it is not renewed any more.
     let mut written = BTreeSet::new();
+    // What is heard late about an older lease tells nothing about what was claimed since.
+    let mut claimed: BTreeMap<(u32, EventKey), (Duration, u64)> = BTreeMap::new();
     for entry in history {
+        let held = entry.what.key().map(|key| (entry.worker, key));
+        let is_old = |asked: &Duration, fence: &u64| {
+            let claimed = held.and_then(|held| claimed.get(&held));
+            claimed.is_some_and(|(at, granted)| at >= asked || granted > fence)
+        };
         match &entry.what {
-            What::Recorded { key, answer: Recording::Fenced, .. } => {
-                lost.insert((entry.worker, *key));
+            What::Recorded { asked, fence, answer: Recording::Fenced, .. } if !is_old(asked, fence) => {
+                lost.extend(held)
             }
-            What::Renewed { key, fence, answer: Renewing::Lost, .. }
-                if !written.contains(&(entry.worker, *key, *fence)) =>
+            What::Renewed { key, fence, asked, answer: Renewing::Lost, .. }
+                if !is_old(asked, fence) && !written.contains(&(entry.worker, *key, *fence)) =>
             {
-                lost.insert((entry.worker, *key));
+                lost.extend(held);
             }
             What::Recorded { key, fence, answer, .. } if answer.is_written() => {
                 written.insert((entry.worker, *key, *fence));
                 lost.remove(&(entry.worker, *key));
             }
-            // What is doomed is dead-lettered whoever places it: at worst twice.
-            What::Claimed { key, answer: Answer::Granted { fence, doomed: true, .. }, .. } => {
-                written.insert((entry.worker, *key, *fence));
-                lost.remove(&(entry.worker, *key));
-            }
             What::Claimed { key, answer, .. } if !matches!(answer, Answer::Unknown | Answer::Refused) => {
+                // What is doomed is dead-lettered whoever places it: at worst twice.
+                let mut granted = 0;
+                if let Answer::Granted { fence, doomed, .. } = answer {
+                    granted = *fence;
+                    written.extend(doomed.then_some((entry.worker, *key, *fence)));
+                }
                 lost.remove(&(entry.worker, *key));
+                claimed.insert((entry.worker, *key), (entry.at, granted));
             }
             What::SettleAsked { key: Some(key), settlement, .. }
                 if !matches!(settlement, Settling::Release | Settling::Retry { .. })
