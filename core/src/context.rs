@@ -120,7 +120,8 @@ impl<S> Context<S> {
     }
 
     /// Cancelled when the lease is lost or the consumer shuts down. After a lost lease another may run the event
-    /// already: start nothing new.
+    /// already: start nothing new. At shutdown the handler may go on until the drain deadline; at a lost lease it is
+    /// dropped at its next await point, so that only what holds the token beside it sees this.
     pub fn cancelled(&self) -> CancellationToken {
         self.run.token()
     }

@@ -66,7 +66,8 @@ pub struct Settings {
     pub in_flight_bytes_max: usize,
     /// Most items of one call to store or broker. Default [`BATCH_MAX`](Self::BATCH_MAX).
     pub batch_max: usize,
-    /// How long a claim lasts unless it is renewed, which happens at a third. After a crash another waits this long.
+    /// How long a claim lasts unless it is renewed, which happens at a third, and at an eighth where a transaction holds up
+    /// every other write. After a crash another waits this long.
     /// Default [`LEASE`](Self::LEASE).
     #[serde(with = "text::duration")]
     pub lease: Duration,
