@@ -227,7 +227,8 @@ async fn dead_letters_without_room_hold_up_no_handler() {
     });
     let billing = rig.start("billing", |c| c.on_any(handler).concurrency(2).switch_events_min(u32::MAX)).await;
     rig.send_all(["bad-1", "bad-2", "bad-3", "bad-4"]).await;
-    rig.until("the others wait for their places", || rig.journal.lines_of("settle dead-letter permanent!").len() >= 3).await;
+    rig.until("the others wait for their places", || rig.journal.lines_of("settle dead-letter permanent!").len() >= 3)
+        .await;
     rig.send_all(["good-1", "good-2"]).await;
     // Soon: after an hour the broker takes back what is not settled, and permits with it.
     let sent = tokio::time::Instant::now();
