@@ -7,6 +7,7 @@
 //! - [`simulation`]: the real pipeline behind faults from a seed, any number of times.
 //! - [`Harness`]: a user's production wiring, without a broker and without waiting.
 //! - [`explore()`]: which await points of a handler stand a crash.
+//! - [`servers`]: where the real brokers and databases of a test are.
 //! - [`checkers`]: the invariants of the promise, as functions over a history.
 //!
 //! Everything that decides is seeded, and every clock is tokio's: a run repeats exactly.
@@ -17,6 +18,7 @@ pub mod explore;
 pub mod faulty;
 pub mod harness;
 pub mod ledger;
+pub mod servers;
 pub mod simulation;
 mod stage;
 

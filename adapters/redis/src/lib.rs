@@ -1,0 +1,1 @@
+//! Redis Streams as a broker, and Redis as a store of processed events.

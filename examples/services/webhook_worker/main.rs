@@ -1,0 +1,2 @@
+//! webhook_worker
+fn main() {}
