@@ -7,6 +7,7 @@
 //! - [`simulation`]: the real pipeline behind faults from a seed, any number of times.
 //! - [`Harness`]: a user's production wiring, without a broker and without waiting.
 //! - [`explore()`]: which await points of a handler stand a crash.
+//! - [`proxy`]: a link between a client and a real server that cuts, freezes and loses replies.
 //! - [`servers`]: where the real brokers and databases of a test are.
 //! - [`checkers`]: the invariants of the promise, as functions over a history.
 //!
@@ -18,6 +19,7 @@ pub mod explore;
 pub mod faulty;
 pub mod harness;
 pub mod ledger;
+pub mod proxy;
 pub mod servers;
 pub mod simulation;
 mod stage;
