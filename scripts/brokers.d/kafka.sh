@@ -67,6 +67,8 @@ kafka_properties() { # server
     "transaction.state.log.replication.factor=$replicas" "transaction.state.log.min.isr=$(((replicas + 1) / 2))" \
     "transaction.state.log.num.partitions=5" \
     "share.coordinator.state.topic.replication.factor=$replicas" "share.coordinator.state.topic.min.isr=$(((replicas + 1) / 2))"
+  # A killed node may register again after its session, 9 s by default.
+  printf '%s\n' "broker.session.timeout.ms=3000" "broker.heartbeat.interval.ms=500"
   # Rebalances at the pace of tests. Under KIP-848 session and heartbeat are the server's to say; 45 s and 5 s by default.
   printf '%s\n' "group.initial.rebalance.delay.ms=0" \
     "group.consumer.min.session.timeout.ms=6000" "group.consumer.session.timeout.ms=6000" \
