@@ -2,6 +2,7 @@
 //!
 //! To read on: `consumer/pipeline.rs` is one delivery's life, `consumer/engine.rs` drives many of them.
 
+mod batches;
 mod builder;
 mod calls;
 mod coalesce;

@@ -64,6 +64,7 @@
 pub mod cloudevents;
 pub mod record;
 
+mod batch;
 mod broker;
 mod consumer;
 mod context;
@@ -88,6 +89,7 @@ mod stepping;
 mod store;
 mod trace;
 
+pub use batch::{BatchHandler, Item, Outcomes, TxBatchHandler};
 pub use broker::{
     Broker, BrokerOrder, Capabilities, Delivery, Durability, Limits, Origin, Receipt, Session, SessionState,
     Settlement, Want,

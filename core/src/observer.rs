@@ -188,6 +188,15 @@ pub enum Observed<'a> {
         /// Why not, for logs.
         error: &'a str,
     },
+    /// A batch of events failed as a whole: each of them runs alone now.
+    BatchFailed {
+        /// The route's type.
+        route: &'static str,
+        /// How many events it was.
+        events: usize,
+        /// Why, cut and redacted.
+        error: &'a str,
+    },
     /// The kill switch opened (intake pauses) or closed.
     Switch {
         /// Whether intake pauses.

@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -36,6 +36,11 @@ pub(crate) struct Run {
     pub(crate) lease: Lease,
     pub(crate) crashes: u32,
     timeout: Duration,
+    /// Whether it is to run as a batch of its own.
+    is_alone: bool,
+    /// How many events its batch has; 0 before there is one.
+    company: AtomicUsize,
+    leads: AtomicBool,
     /// When the handler was entered: its time counts from there.
     begun: OnceLock<Instant>,
     is_committing: AtomicBool,
@@ -60,6 +65,9 @@ impl Run {
             lease,
             crashes,
             timeout,
+            is_alone: false,
+            company: AtomicUsize::new(0),
+            leads: AtomicBool::new(false),
             begun: OnceLock::new(),
             is_committing: AtomicBool::new(false),
             stop: AtomicU8::new(0),
@@ -68,6 +76,31 @@ impl Run {
             outbox: Mutex::default(),
             ending: Mutex::default(),
         }
+    }
+
+    /// Its batch is to have no other event, if so.
+    pub(crate) fn alone(self, is_alone: bool) -> Self {
+        Self { is_alone, ..self }
+    }
+
+    pub(crate) fn is_alone(&self) -> bool {
+        self.is_alone
+    }
+
+    /// It runs now, in a batch of so many events.
+    pub(crate) fn joined(&self, events: usize, leads: bool) {
+        self.leads.store(leads, Ordering::SeqCst);
+        self.company.store(events, Ordering::SeqCst);
+    }
+
+    /// Whether it is the one of its batch that speaks for all.
+    pub(crate) fn leads(&self) -> bool {
+        self.leads.load(Ordering::SeqCst)
+    }
+
+    /// How many events its batch has; 0 before there is one.
+    pub(crate) fn company(&self) -> usize {
+        self.company.load(Ordering::SeqCst)
     }
 
     /// Says that the consumer shuts down soon: the handler may finish, but should hurry.
@@ -208,6 +241,11 @@ impl Run {
             handler => *handler = Some(cx.waker().clone()),
         }
         ending.is_cancelled
+    }
+
+    /// Whether its life waits no more for what the handler does.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.ending().is_cancelled
     }
 
     /// Leaves the end. The life is not woken yet: [`tell`](Self::tell) does.

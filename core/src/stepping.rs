@@ -7,7 +7,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use crate::event::{Ended, Running};
 use crate::store::Lease;
 
 /// Sees the polls of handlers. For test kits; may change in any release.
@@ -21,25 +20,25 @@ pub trait Stepper: Send + Sync + 'static {
 }
 
 /// A handler's run whose polls a stepper sees.
-pub(crate) struct Stepped {
-    running: Running,
+pub(crate) struct Stepped<F> {
+    running: F,
     stepper: Arc<dyn Stepper>,
     lease: Lease,
 }
 
-impl Stepped {
-    pub(crate) fn new(running: Running, stepper: Arc<dyn Stepper>, lease: Lease) -> Self {
+impl<F> Stepped<F> {
+    pub(crate) fn new(running: F, stepper: Arc<dyn Stepper>, lease: Lease) -> Self {
         Self { running, stepper, lease }
     }
 }
 
-impl Future for Stepped {
-    type Output = Ended;
+impl<F: Future + Unpin> Future for Stepped<F> {
+    type Output = F::Output;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = &mut *self;
         ready!(this.stepper.before(&this.lease, cx));
-        let polled = this.running.as_mut().poll(cx);
+        let polled = Pin::new(&mut this.running).poll(cx);
         this.stepper.after(&this.lease, polled.is_ready());
         polled
     }

@@ -90,6 +90,11 @@ pub(crate) fn handler_span(consumer: &str, route: &'static str, message: &Messag
     span
 }
 
+/// The span of one run of a batch handler: of no one trace, since each event comes with its own.
+pub(crate) fn batch_span(consumer: &str, route: &'static str, events: usize) -> Span {
+    tracing::info_span!(target: "hapax", "hapax.handle_batch", otel.kind = "consumer", consumer, route, events)
+}
+
 /// Shown as 16 lower-case hexadecimal characters.
 struct Id([u8; 8]);
 

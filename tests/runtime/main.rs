@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's helper that cannot go on ends the test")]
 
 mod back_pressure;
+mod batches;
 mod concurrent_duplicates;
 mod conflict;
 mod context;

@@ -19,15 +19,15 @@ use crate::script::{self, Fault, Script, Scripted};
 const WAIT_MAX: Duration = Duration::from_secs(20);
 
 /// A file that is removed at the end, and the rig's broker beside it.
-struct Ground {
-    rig: Rig,
-    store: SqliteStore,
+pub(crate) struct Ground {
+    pub(crate) rig: Rig,
+    pub(crate) store: SqliteStore,
     path: PathBuf,
-    script: Script,
+    pub(crate) script: Script,
 }
 
 impl Ground {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         static FILES: AtomicU64 = AtomicU64::new(0);
         let number = FILES.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("hapax-runtime-{}-{number}.db", std::process::id()));
@@ -39,7 +39,7 @@ impl Ground {
         Self { rig: Rig::new(), store, path, script: Script::default() }
     }
 
-    async fn start<S: Send + Sync + 'static>(
+    pub(crate) async fn start<S: Send + Sync + 'static>(
         &self,
         wire: impl FnOnce(ConsumerBuilder<(), Scripted<SqliteStore>>) -> ConsumerBuilder<S, Scripted<SqliteStore>>,
     ) -> Process {
@@ -49,7 +49,7 @@ impl Ground {
     }
 
     /// The effects: event and attempt, in the order of their commits.
-    async fn effects(&self) -> Vec<(String, i64)> {
+    pub(crate) async fn effects(&self) -> Vec<(String, i64)> {
         let all = "SELECT event, attempt FROM effects ORDER BY rowid";
         sqlx::query_as(all).fetch_all(self.store.pool()).await.unwrap()
     }
@@ -58,7 +58,7 @@ impl Ground {
         self.store.look_up("billing", key("billing", id)).await.unwrap().map(|record| record.status)
     }
 
-    async fn settled(&self) {
+    pub(crate) async fn settled(&self) {
         timeout(WAIT_MAX, self.rig.broker.settled()).await.unwrap_or_else(|_| {
             panic!("not settled: {:?}\n{}", self.rig.broker.standing(), self.rig.journal.lines().join("\n"))
         });

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::Consumer;
+use crate::batch::{BatchHandler, TxBatchHandler};
 use crate::broker::{Broker, Capabilities};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Otherwise, Route, RouteInfo, Routes, Upcast};
@@ -182,6 +183,21 @@ impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
         T: TransactionalStore,
     {
         self.add(Route::on_any_tx(handler))
+    }
+
+    /// Handles events of type `E`, many at once: up to `batch_max` of what was claimed while the batch before ran, or for
+    /// half a second. A batch can be as large as `concurrency` lets claims be.
+    pub fn on_batch<E: Event, H: BatchHandler<E, S>>(self, handler: H) -> Self {
+        self.add(Route::on_batch(handler))
+    }
+
+    /// Handles events of type `E`, many at once, in one transaction of the store's: the effects and marks of all commit
+    /// together.
+    pub fn on_batch_tx<E: Event, H: TxBatchHandler<E, T::Tx, S>>(self, handler: H) -> Self
+    where
+        T: TransactionalStore,
+    {
+        self.add(Route::on_batch_tx(handler))
     }
 
     /// A handler with settings of its own.

@@ -73,6 +73,7 @@ where
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..ROUNDS_MAX {
             let mut moved = self.poll_lives(cx);
+            self.shared.launch_batches();
             moved |= self.runners.hand_over(&self.shared.started);
             self.shared.launch(|call| self.calls.push(call));
             moved |= self.poll_calls(cx);

@@ -4,7 +4,6 @@
 //! arm is the design: what is recorded before what is settled decides what a crash between the two can do. The
 //! decisions are in `verdict.rs`, the batched calls in `calls.rs`; what drives many lives at once is `engine.rs`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use super::calls::{self, GivenUp};
 use super::keepalive::Held;
 use super::reading::{Event, Read};
 use super::shared::Shared;
-use super::steps::{End, Rare};
+use super::steps::{End, Rare, text_of};
 use super::verdict::{self, Answer, Delay, Verdict};
 use super::waiting::{CROWDED, Place, Suspect, Turned};
 use crate::broker::{Delivery, Settlement};
@@ -182,13 +181,22 @@ impl Shared {
         if self.is_draining() || !delivery.session.is_live() {
             return self.give_back_claim(&grant).await;
         }
-        let ready = match event.take_ready(self, delivery) {
-            Ok(ready) => ready,
-            Err(failure) => return self.failed(delivery, event, held, &grant, &failure).await,
+        // An event during which a process died is no company for others.
+        let mut tries = if grant.crashes() > 0 { 2 } else { 0 };
+        let (run, end) = loop {
+            let ready = match event.take_ready(self, delivery) {
+                Ok(ready) => ready,
+                Err(failure) => return self.failed(delivery, event, held, &grant, &failure).await,
+            };
+            let run = Arc::new(self.begin(delivery, event, &grant, now).alone(tries > 1));
+            held.watch(&run);
+            match self.handle(event, ready, &run).await {
+                // Its batch came to nothing: again at once, under the same claim. Alone at the third try at the latest.
+                End::Handler(Ended::Apart(apart)) if !self.is_draining() => tries += if apart.alone { 2 } else { 1 },
+                End::Handler(Ended::Apart(_)) => return self.give_back_claim(&grant).await,
+                end => break (run, end),
+            }
         };
-        let run = Arc::new(self.begin(delivery, event, &grant, now));
-        held.watch(&run);
-        let end = self.handle(event, ready, &run).await;
         self.report(grant.place.as_ref(), &end);
         match end {
             End::Handler(Ended::Effect) => {
@@ -222,6 +230,8 @@ impl Shared {
                 self.fail(error);
                 Step::Over
             }
+            // Told apart above.
+            End::Handler(Ended::Apart(_)) => self.give_back_claim(&grant).await,
             End::Handler(Ended::StoreFailed(error)) => {
                 self.store_is_down(&error);
                 let trouble = self.trouble(delivery, &error.to_string());
@@ -418,8 +428,9 @@ impl Shared {
     fn begin(&self, delivery: &Delivery, event: &Event, grant: &Grant<'_>, now: Instant) -> Run {
         let (name, message) = (Arc::clone(&self.name), Arc::clone(&delivery.message));
         let run = Run::new(name, message, grant.lease, grant.crashes(), self.timeout(event));
-        // In a transaction its time counts from when the transaction has begun.
-        if !self.infos[event.route].transactional {
+        // In a transaction its time counts from when the transaction has begun, in a batch from when that begins.
+        let info = &self.infos[event.route];
+        if !info.transactional && !info.batched {
             run.begin(now);
         }
         run
@@ -488,12 +499,6 @@ impl Polls {
         self.0 += 1;
         poll.min(Duration::from_secs(1)).min(wait.max(Duration::from_millis(1)))
     }
-}
-
-/// A failure's text; a user's error that panics when it is told must not end the engine.
-fn text_of(failure: &Failure) -> String {
-    catch_unwind(AssertUnwindSafe(|| failure.to_string()))
-        .unwrap_or_else(|_| "its text cannot be told: it panicked".into())
 }
 
 /// Lets the lives that were woken with this one go first: those whose claims came with its own show themselves.

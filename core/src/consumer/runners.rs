@@ -15,6 +15,7 @@ use futures_util::FutureExt;
 use futures_util::task::AtomicWaker;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::batches::Many;
 use super::lives::Lives;
 use crate::event::Running;
 use crate::run::{Finish, Run};
@@ -54,17 +55,44 @@ impl Inbox {
 #[derive(Default)]
 pub(super) struct Started(Mutex<Vec<Handler>>);
 
-/// A handler's future and its run.
-pub(super) struct Handler {
+/// A handler's future and its run, or those of a batch.
+pub(super) enum Handler {
+    One(One),
+    Many(Many),
+}
+
+/// A handler with one event.
+pub(super) struct One {
     /// `None` once it was dropped.
     running: Option<Running>,
     run: Arc<Run>,
 }
 
+impl Handler {
+    pub(super) fn one(running: Running, run: Arc<Run>) -> Self {
+        Self::One(One { running: Some(running), run })
+    }
+}
+
+/// Whose end a handler's end is.
+enum Runs {
+    One(Arc<Run>),
+    Many(Arc<[Arc<Run>]>),
+}
+
+impl Runs {
+    /// Wakes the lives that wait for it.
+    fn tell(self) {
+        match self {
+            Self::One(run) => run.tell(),
+            Self::Many(runs) => runs.iter().for_each(|run| run.tell()),
+        }
+    }
+}
+
 impl Started {
     /// Takes a handler; it is polled after this round.
-    pub(super) fn push(&self, running: Running, run: Arc<Run>) {
-        let handler = Handler { running: Some(running), run };
+    pub(super) fn push(&self, handler: Handler) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(handler);
     }
 }
@@ -130,25 +158,28 @@ impl Runner {
 /// Polls the handlers that were woken, then says which have ended.
 async fn run(inbox: Arc<Inbox>) {
     let mut handlers = Lives::new();
-    let mut ended: Vec<Arc<Run>> = Vec::new();
+    let mut ended: Vec<Runs> = Vec::new();
     let mut arrived = Vec::new();
     std::future::poll_fn(|cx| {
         inbox.rounds.fetch_add(1, Ordering::Relaxed);
         inbox.runner.register(cx.waker());
         std::mem::swap(&mut arrived, &mut *inbox.handlers.lock().unwrap_or_else(PoisonError::into_inner));
         for handler in arrived.drain(..) {
-            let run = Arc::clone(&handler.run);
-            handlers.start(handler, run);
+            let runs = match &handler {
+                Handler::One(one) => Runs::One(Arc::clone(&one.run)),
+                Handler::Many(many) => Runs::Many(many.runs()),
+            };
+            handlers.start(handler, runs);
         }
         // A handler that only gave way goes on at once, without a turn of the scheduler.
         for _ in 0..ROUNDS_MAX {
-            if !handlers.poll(cx, |run| ended.push(run)) {
+            if !handlers.poll(cx, |runs| ended.push(runs)) {
                 break;
             }
         }
         // Told at the end: a life that is woken puts the engine next in line on this thread, where a handler of this
         // round that blocks would hold it up.
-        ended.drain(..).for_each(|run| run.tell());
+        ended.drain(..).for_each(Runs::tell);
         inbox.rounds.fetch_add(1, Ordering::Relaxed);
         Poll::<()>::Pending
     })
@@ -159,7 +190,16 @@ impl Future for Handler {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
+        match &mut *self {
+            Self::One(one) => one.poll(cx),
+            Self::Many(many) => many.poll(cx),
+        }
+    }
+}
+
+impl One {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self;
         let finish = match &mut this.running {
             Some(_) if this.run.is_cancelled(cx) => Finish::Dropped,
             Some(running) => match AssertUnwindSafe(running).catch_unwind().poll_unpin(cx) {
@@ -195,7 +235,7 @@ mod tests {
 
     async fn end_of(runners: &mut Runners, running: Running) -> Finish {
         let (started, run) = (Started::default(), a_run());
-        started.push(running, Arc::clone(&run));
+        started.push(Handler::one(running, Arc::clone(&run)));
         assert!(runners.hand_over(&started));
         std::future::poll_fn(|cx| run.poll_finish(cx)).await
     }
@@ -220,7 +260,7 @@ mod tests {
             Ended::Effect
         });
         let (started, run) = (Started::default(), a_run());
-        started.push(panics_on_drop, Arc::clone(&run));
+        started.push(Handler::one(panics_on_drop, Arc::clone(&run)));
         runners.hand_over(&started);
         tokio::task::yield_now().await;
         run.cancel();
@@ -233,7 +273,7 @@ mod tests {
     async fn a_cancelled_handler_is_dropped_where_it_stands() {
         let mut runners = Runners::new();
         let (started, run) = (Started::default(), a_run());
-        started.push(Box::pin(std::future::pending()), Arc::clone(&run));
+        started.push(Handler::one(Box::pin(std::future::pending()), Arc::clone(&run)));
         runners.hand_over(&started);
         tokio::task::yield_now().await;
         run.cancel();

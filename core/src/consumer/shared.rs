@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use super::batches::Batches;
 use super::builder::{MissingId, Parts};
 use super::calls::{ClaimCalls, PublishCalls, RecordCalls, SettleCalls};
 use super::coalesce::Coalescer;
@@ -104,7 +105,8 @@ pub(super) struct Shared {
     pub(super) switch: Switch,
     pub(super) copies: Copies,
     pub(super) permits: Semaphore,
-    pub(super) transactions: Semaphore,
+    pub(super) batches: Batches,
+    pub(super) transactions: Arc<Semaphore>,
     pub(super) transaction_budget: Semaphore,
     /// What a transactional handler took lately, in microseconds; 0 before the first.
     pub(super) transaction_us: AtomicU64,
@@ -154,7 +156,8 @@ impl Shared {
             switch: Switch::new(switch),
             copies: Copies::default(),
             permits: Semaphore::new(s.concurrency),
-            transactions: Semaphore::new(transactions),
+            batches: Batches::new(&parts.routes, &parts.infos, s.batch_max),
+            transactions: Arc::new(Semaphore::new(transactions)),
             transaction_budget: Semaphore::new(TRANSACTION_BUDGET as usize),
             transaction_us: AtomicU64::new(0),
             alone: Semaphore::new(1),

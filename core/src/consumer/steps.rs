@@ -1,7 +1,7 @@
 //! The steps of a life that decide nothing: the single calls, the run of the handler, what is told to people.
 
 use std::future::Future;
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,13 +10,14 @@ use tracing::Instrument;
 
 use super::calls::GivenUp;
 use super::reading::Event;
+use super::runners::Handler;
 use super::shared::Shared;
 use super::verdict;
 use super::waiting::Place;
 use crate::broker::{Delivery, Settlement};
 use crate::dead_letter::{DeadLetter, Reason, cut};
 use crate::error::{Error, ErrorKind};
-use crate::event::{Ended, Ready};
+use crate::event::{Apart, Ended, Ready};
 use crate::handler::Failure;
 use crate::identity::identify;
 use crate::observer::Observed;
@@ -102,9 +103,25 @@ impl Shared {
         let end = self.ended(event, ready, run).await;
         let took = run.taken();
         self.transaction_took(event, took);
+        if let End::Handler(Ended::Apart(apart)) = &end {
+            self.batch_failed(event, apart);
+            return end;
+        }
         let how = verdict::handler_end(&end);
         self.observe(&Observed::Handled { route: self.infos[event.route].name(), end: how, took });
         end
+    }
+
+    /// Tells of a batch that failed as a whole, once for all of its events.
+    fn batch_failed(&self, event: &Event, apart: &Apart) {
+        if let Some((events, why)) = &apart.why {
+            let error = self.error_text(&text_of(why));
+            self.observe(&Observed::BatchFailed {
+                route: self.infos[event.route].name(),
+                events: *events,
+                error: &error,
+            });
+        }
     }
 
     /// Tells the kill switch how it went.
@@ -118,15 +135,16 @@ impl Shared {
 
     /// Hands the handler to a runner and waits for its end, its stop, or its panic.
     async fn ended(&self, event: &Event, ready: Box<dyn Ready>, run: &Arc<Run>) -> End {
-        let mut running = ready.start(Arc::clone(run));
-        if let Some(stepper) = &self.stepper {
-            running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));
+        if let Some(mut running) = ready.start(Arc::clone(run)) {
+            if let Some(stepper) = &self.stepper {
+                running = Box::pin(Stepped::new(running, Arc::clone(stepper), run.lease));
+            }
+            let span = trace::handler_span(&self.name, self.infos[event.route].name(), &run.message, &run.lease);
+            if !span.is_disabled() {
+                running = Box::pin(running.instrument(span));
+            }
+            self.started.push(Handler::one(running, Arc::clone(run)));
         }
-        let span = trace::handler_span(&self.name, self.infos[event.route].name(), &run.message, &run.lease);
-        if !span.is_disabled() {
-            running = Box::pin(running.instrument(span));
-        }
-        self.started.push(running, Arc::clone(run));
         let (finish, stopped) = match std::future::poll_fn(|cx| run.poll_end(cx)).await {
             Ok(finish) => (Some(finish), None),
             Err(stop) => {
@@ -134,9 +152,11 @@ impl Shared {
                 if !run.is_committing() {
                     run.cancel();
                 }
+                let is_gathering = self.infos[event.route].batched && run.company() == 0;
                 // It ends at its next await; one that blocks is waited for as long as a lease, then left behind.
                 let finish = std::future::poll_fn(|cx| run.poll_finish(cx));
-                let finish = tokio::time::timeout(self.settings.lease, finish).await.ok();
+                let wait = if is_gathering { Duration::ZERO } else { self.settings.lease };
+                let finish = tokio::time::timeout(wait, finish).await.ok();
                 run.cancel();
                 (finish, Some(stop))
             }
@@ -147,6 +167,11 @@ impl Shared {
             (_, Some(_)) if run.is_committing() => {
                 let error = Error::new(ErrorKind::Unknown, "commit").because("stopped while it was under way");
                 End::Handler(Ended::Unknown(error))
+            }
+            // Whose doing it was is to be found out.
+            (_, Some(Stop::Timeout)) if run.company() > 1 => {
+                let why = run.leads().then(|| (run.company(), Failure::retryable("timed out")));
+                End::Handler(Ended::Apart(Apart { alone: true, why }))
             }
             (_, Some(stop)) => End::Stopped(stop),
             (_, None) => End::Stopped(Stop::Shutdown),
@@ -192,6 +217,12 @@ impl Shared {
         );
         cut(&redacted, self.settings.error_text_max)
     }
+}
+
+/// A failure's text; a user's error that panics when it is told must not end the engine.
+pub(super) fn text_of(failure: &Failure) -> String {
+    catch_unwind(AssertUnwindSafe(|| failure.to_string()))
+        .unwrap_or_else(|_| "its text cannot be told: it panicked".into())
 }
 
 pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -114,7 +114,7 @@ pub(super) fn handler_end(end: &End) -> HandlerEnd {
             FailureKind::NotYet { .. } => HandlerEnd::NotYet,
             FailureKind::Unavailable => HandlerEnd::Unavailable,
         },
-        End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_)) => HandlerEnd::Stopped,
+        End::Handler(Ended::Unknown(_) | Ended::StoreFailed(_) | Ended::Apart(_)) => HandlerEnd::Stopped,
         End::Panicked(_) => HandlerEnd::Panicked,
         End::Stopped(Stop::Timeout) => HandlerEnd::TimedOut,
         End::Stopped(_) => HandlerEnd::Stopped,

@@ -132,7 +132,7 @@ impl Shared {
     /// On a store with one transaction at a time, claims wait for their turn with the lease running: as many are claimed
     /// as handlers will have run in a quarter of the lease, going by what they took lately.
     fn transaction_weight(&self, event: &Event) -> Option<u32> {
-        if !self.transactions_block || !self.infos[event.route].transactional {
+        if !self.transactions_block || !self.has_transaction_of_its_own(event) {
             return None;
         }
         let took_us = match self.transaction_us.load(Ordering::Relaxed) {
@@ -146,12 +146,18 @@ impl Shared {
 
     /// The turn to run a transaction, where the handler takes one; the store's connections are shared by all.
     pub(super) async fn transaction_turn(&self, event: &Event) -> Option<SemaphorePermit<'_>> {
-        if self.infos[event.route].transactional { self.transactions.acquire().await.ok() } else { None }
+        if self.has_transaction_of_its_own(event) { self.transactions.acquire().await.ok() } else { None }
+    }
+
+    /// Whether one transaction is for this event alone; a batch takes one for all.
+    fn has_transaction_of_its_own(&self, event: &Event) -> bool {
+        let info = &self.infos[event.route];
+        info.transactional && !info.batched
     }
 
     /// Learns how long transactions take, for those that hold up every other write.
     pub(super) fn transaction_took(&self, event: &Event, took: Duration) {
-        if !self.transactions_block || !self.infos[event.route].transactional {
+        if !self.transactions_block || !self.has_transaction_of_its_own(event) {
             return;
         }
         let took_us = (took.as_micros() as u64).max(1);

@@ -30,7 +30,7 @@ impl Case {
         capabilities.dead_letter_in_one_step = true;
         let retry = Some(RetryPolicy::default());
         let timeout = Some(Settings::TIMEOUT);
-        let route = RouteInfo { event: Some(("paid", 1)), transactional, effects, timeout, retry };
+        let route = RouteInfo { event: Some(("paid", 1)), transactional, batched: false, effects, timeout, retry };
         let health = StoreHealth::new("store", "1", store);
         Self { capabilities, health, settings: Settings::default(), order: Order::Unordered, route }
     }

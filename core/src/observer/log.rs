@@ -21,6 +21,10 @@ pub(super) fn log(consumer: &str, what: &Observed<'_>) {
         Observed::Vanished => {
             warn!(target: TARGET, consumer, "record vanished before its outcome was written: is the store evicting?");
         }
+        Observed::BatchFailed { route, events, error } => {
+            let error = &*redact(error);
+            warn!(target: TARGET, consumer, route, events, error, "a batch failed as a whole: its events run one by one");
+        }
         Observed::Switch { open: true } => {
             warn!(target: TARGET, consumer, "kill switch open: too many failures, intake pauses and probes");
         }

@@ -24,7 +24,7 @@ pub(super) enum Kind {
 }
 
 /// Every metric: name, kind, unit where the name bears one, description.
-pub(super) const ALL: [(&str, Kind, Option<Unit>, &str); 26] = {
+pub(super) const ALL: [(&str, Kind, Option<Unit>, &str); 27] = {
     use Kind::{Counter, Gauge, Histogram};
     [
         ("hapax_deliveries_total", Counter, None, "Deliveries received, duplicates and redeliveries included"),
@@ -47,6 +47,7 @@ pub(super) const ALL: [(&str, Kind, Option<Unit>, &str); 26] = {
         ("hapax_fenced_writes_total", Counter, None, "Writes refused because another holds the event"),
         ("hapax_records_vanished_total", Counter, None, "Records gone before their outcome was written"),
         ("hapax_conflicts_total", Counter, None, "Ids that came with other data"),
+        ("hapax_batches_failed_total", Counter, None, "Batches that failed as a whole; their events ran one by one"),
         ("hapax_batch_size", Histogram, None, "Items in one call to store, broker or publisher"),
         ("hapax_call_seconds", Histogram, Some(Unit::Seconds), "Time of one call to store, broker or publisher"),
         ("hapax_handler_seconds", Histogram, Some(Unit::Seconds), "Time of one run of a handler, by route"),
@@ -93,6 +94,7 @@ pub(super) struct Instruments {
     fenced: Counter,
     vanished: Counter,
     conflicts: Counter,
+    batches_failed: Counter,
     batch_size: [Histogram; Verb::ALL.len()],
     call: [[Histogram; 2]; Verb::ALL.len()],
     in_flight_events: Gauge,
@@ -133,6 +135,7 @@ impl Instruments {
             fenced: register.counter("hapax_fenced_writes_total", &[]),
             vanished: register.counter("hapax_records_vanished_total", &[]),
             conflicts: register.counter("hapax_conflicts_total", &[]),
+            batches_failed: register.counter("hapax_batches_failed_total", &[]),
             batch_size: Verb::ALL.map(|verb| register.histogram("hapax_batch_size", &[("verb", verb.as_str())])),
             call: Verb::ALL.map(|verb| {
                 FALSE_TRUE.map(|ok| register.histogram("hapax_call_seconds", &[("verb", verb.as_str()), ("ok", ok)]))
@@ -178,6 +181,7 @@ impl Instruments {
             Observed::Fenced => self.fenced.increment(1),
             Observed::Vanished => self.vanished.increment(1),
             Observed::Conflict => self.conflicts.increment(1),
+            Observed::BatchFailed { .. } => self.batches_failed.increment(1),
             Observed::InFlight { events, bytes } => {
                 self.in_flight_events.set(events as f64);
                 self.in_flight_bytes.set(bytes as f64);
