@@ -104,12 +104,15 @@ choose_stand_in() {
 # --- the servers -------------------------------------------------------------------------------------------------------
 
 containers_up() { # servers
-  local server
+  local server missing=()
   for server in "$@"; do
     case " $compose_names " in *" $server "*) ;; *) fail "$server is not among the containers ($compose_names); start it without --containers" ;; esac
+    in_set "$server" && [ "$(container_state "$server")" = running ] || missing+=("$server")
   done
-  compose up -d "$@" >"$logs/compose.log" 2>&1 || { tail -n 20 "$logs/compose.log" >&2; fail "compose up failed"; }
-  each containers_await "$@"
+  if [ ${#missing[@]} -gt 0 ]; then
+    compose up -d "${missing[@]}" >"$logs/compose.log" 2>&1 || { tail -n 20 "$logs/compose.log" >&2; fail "compose up failed"; }
+  fi
+  each containers_start "$@"
 }
 
 container_state() { engine inspect --format '{{.State.Status}}' "$(container "$1")" 2>/dev/null; } # server
@@ -163,5 +166,7 @@ containers_down() {
     if [ "$(container_state "$server")" = paused ]; then containers_resume "$server"; fi
   done
   compose down -v >"$logs/compose.log" 2>&1 || { tail -n 20 "$logs/compose.log" >&2; fail "compose down failed"; }
+  # podman-compose leaves it behind.
+  [ "$(cat "$run/engine")" = docker ] || engine network rm "hapax-${base}_default" >/dev/null 2>&1 || true
   rm -f "$run/engine" "$run/images"
 }

@@ -65,7 +65,7 @@ launch() { # server, command...
   mkdir -p "$run" "$logs"
   [ ! -f "$logs/$server.log" ] || mv -f "$logs/$server.log" "$logs/$server.log.1"
   (
-    cd "$data/$server"
+    cd "$data/$server" || exit 1
     close_inherited
     # Not the leader of a group yet, so setsid does not fork, and the pid stays.
     exec setsid "$@" </dev/null >"$logs/$server.log" 2>&1
