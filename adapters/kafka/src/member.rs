@@ -1,0 +1,138 @@
+//! What librdkafka calls back with about the group: assignments, revocations, commits, statistics.
+//!
+//! All of it runs on the polling thread, inside `poll`. A revocation is only noted here and answered by that thread
+//! later: librdkafka waits for the answer, and until then the member goes on polling, so that draining a partition costs
+//! the membership nothing.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::statistics::Statistics;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaRespErr;
+
+use crate::client;
+use crate::state::Shared;
+
+/// A partition by the number of its topic.
+pub(crate) type Spot = (usize, i32);
+
+/// The answer to a commit.
+#[derive(Debug)]
+pub(crate) struct Committed {
+    pub(crate) whole: KafkaResult<()>,
+    /// Each partition's own.
+    pub(crate) parts: Vec<(Spot, Offset, KafkaResult<()>)>,
+}
+
+/// What the callbacks leave for the thread.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    pub(crate) revoked: VecDeque<TopicPartitionList>,
+    pub(crate) committed: Option<Committed>,
+}
+
+/// The context of a member of the group.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) shared: Arc<Shared>,
+    inbox: Mutex<Inbox>,
+}
+
+impl Member {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, inbox: Mutex::default() }
+    }
+
+    pub(crate) fn revoked(&self) -> Option<TopicPartitionList> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).revoked.pop_front()
+    }
+
+    pub(crate) fn committed(&self) -> Option<Committed> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).committed.take()
+    }
+
+    pub(crate) fn spots(&self, list: &TopicPartitionList) -> Vec<Spot> {
+        let places = &self.shared.places;
+        let found = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
+            places.find(element.topic()).map(|place| (place, element.partition()))
+        };
+        list.elements().iter().filter_map(found).collect()
+    }
+}
+
+/// Lets the partitions of `list` go, as the group's protocol wants it said.
+pub(crate) fn unassign(consumer: &BaseConsumer<Member>, list: &TopicPartitionList) {
+    let answered = match consumer.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => consumer.incremental_unassign(list),
+        RebalanceProtocol::None | RebalanceProtocol::Eager => consumer.unassign(),
+    };
+    if let Err(error) = answered {
+        tracing::warn!(%error, "partitions could not be given back to the group");
+    }
+}
+
+impl ConsumerContext for Member {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        if event != RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+            if self.shared.is_closing() {
+                unassign(consumer, list);
+            } else {
+                self.inbox.lock().unwrap_or_else(PoisonError::into_inner).revoked.push_back(list.clone());
+            }
+            return;
+        }
+        // Before the client is told, so that no record comes before its assignment.
+        for (place, partition) in self.spots(list) {
+            self.shared.assign(place, partition);
+        }
+        self.shared.lock().joined = true;
+        tracing::debug!(partitions = list.count(), "assigned");
+        let answered = match consumer.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => consumer.incremental_assign(list),
+            RebalanceProtocol::None | RebalanceProtocol::Eager => consumer.assign(list),
+        };
+        if let Err(error) = answered {
+            tracing::warn!(%error, "an assignment could not be taken");
+        }
+    }
+
+    fn commit_callback(&self, whole: KafkaResult<()>, offsets: &TopicPartitionList) {
+        let places = &self.shared.places;
+        let part = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
+            let spot = (places.find(element.topic())?, element.partition());
+            Some((spot, element.offset(), element.error()))
+        };
+        let parts = offsets.elements().iter().filter_map(part).collect();
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).committed = Some(Committed { whole, parts });
+    }
+}
+
+impl ClientContext for Member {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        client::log(level, facility, text);
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let mut state = self.shared.lock();
+        for (name, topic) in &statistics.topics {
+            let Some(place) = self.shared.places.find(name) else { continue };
+            for partition in topic.partitions.values() {
+                let end = if partition.ls_offset >= 0 { partition.ls_offset } else { partition.hi_offset };
+                let stood = partition.committed_offset.max(partition.lo_offset);
+                if end >= 0 && stood >= 0 && state.at(place, partition.partition).is_some() {
+                    state.ends.insert((place, partition.partition), (end, stood));
+                }
+            }
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        // What matters of it comes out of `poll` too.
+        tracing::debug!(%error, reason = %hapax::redact(reason), "librdkafka");
+    }
+}
