@@ -70,10 +70,12 @@ enum Connection {
 
 impl Connection {
     async fn send(&mut self, command: &Cmd) -> RedisResult<Value> {
-        match self {
+        let answer = match self {
             Self::Node(connection) => connection.req_packed_command(command).await,
             Self::Cluster(connection) => connection.req_packed_command(command).await,
-        }
+        };
+        // What the server refuses is a value for the client at this depth.
+        answer?.extract_error()
     }
 }
 
@@ -95,10 +97,10 @@ impl Link {
     /// One command to the primary that holds `key`, for commands that bear no key of their own.
     pub(crate) async fn query_at(&self, operation: &'static str, key: &[u8], command: &Cmd) -> Result<Value> {
         let route = async |connection: &mut Connection| match connection {
-            Connection::Node(connection) => connection.req_packed_command(command).await,
+            Connection::Node(_) => connection.send(command).await,
             Connection::Cluster(connection) => {
                 let node = SingleNodeRoutingInfo::SpecificNode(Route::with_key(key, SlotAddr::Master));
-                connection.route_command(command.clone(), RoutingInfo::SingleNode(node)).await
+                connection.route_command(command.clone(), RoutingInfo::SingleNode(node)).await?.extract_error()
             }
         };
         self.call(operation, route).await?.map_err(|e| error(operation, &e))
