@@ -114,6 +114,7 @@ pub trait TransactionalStore: ProcessedStore + Clone {
     ///   `a_rolled_back_transaction_leaves_nothing`).
     /// - Answers as [`ProcessedStore::record`]; a fenced holder's effects are rolled back by the caller
     ///   (`a_fenced_transaction_leaves_nothing`).
+    /// - Takes the marks of a whole batch, and answers for each (`many_marks_commit_together`).
     async fn record_in(&self, lent: &mut Self::Lent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>>;
 
     /// Commits. [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) where the answer was lost.

@@ -217,6 +217,19 @@ fn bad() -> Vec<(&'static str, Story, Terms)> {
         ("settle_on_own_session", new().by(1).run("1", 1, 5).by(2).settled("1", 1, ack.clone()), terms()),
         ("explained_duplicate", new().life("1", 1, 5).granted("1", 6, 2).started("1", 6, 2).effect("1", 6), terms()),
         ("explained_duplicate", new().run("1", 1, 5).effect("1", 5), terms()),
+        // One start that failed excuses one effect under its fence, not two.
+        (
+            "explained_duplicate",
+            new()
+                .granted("1", 5, 1)
+                .started("1", 5, 1)
+                .effect("1", 5)
+                .effect("1", 5)
+                .returned("1", 5, false)
+                .life("1", 1, 6),
+            terms(),
+        ),
+        ("attempts_bounded", new().run("1", 1, 5).started("1", 5, 1), terms()),
         (
             "effect_once_tx",
             new().run("1", 1, 5).line(What::Crashed).later(over).granted("1", 6, 2).effect("1", 6),
@@ -307,6 +320,22 @@ fn good() -> Vec<(&'static str, Story, Terms)> {
     let ack = Settling::Ack;
     vec![
         ("a plain life", new().life("1", 1, 5).healed(), terms()),
+        (
+            "a batch that came to nothing, and the event alone behind it",
+            new()
+                .delivered("1", 1)
+                .granted("1", 5, 1)
+                .started("1", 5, 1)
+                .effect("1", 5)
+                .returned("1", 5, false)
+                .started("1", 5, 1)
+                .effect("1", 5)
+                .returned("1", 5, true)
+                .done("1", 5, Ending::Processed)
+                .settled("1", 1, ack.clone())
+                .healed(),
+            Terms { starts_per_claim: 3, ..terms() },
+        ),
         ("two in order", new().delivered("2", 2).life("2", 2, 4).life("1", 1, 5).healed(), terms()),
         (
             "a crash between effect and record",

@@ -36,6 +36,8 @@ pub struct Terms {
     pub attempts_max: u32,
     /// Most crashes.
     pub crashes_max: u32,
+    /// Most starts under one claim: 1, or 3 of a batch handler, whose events run again when a batch comes to nothing.
+    pub starts_per_claim: u32,
     /// Most unsettled deliveries of one consumer.
     pub in_flight_max: usize,
     /// Whether events of one ordering key run one after the other.
@@ -54,6 +56,7 @@ impl Default for Terms {
         Self {
             attempts_max: 10,
             crashes_max: 3,
+            starts_per_claim: 1,
             in_flight_max: 1024,
             order_per_key: false,
             transactional: false,

@@ -148,6 +148,7 @@ type Setting<W> = Rc<dyn Fn() -> LocalBoxFuture<(Arc<W>, Wire)>>;
 pub struct Explore<W> {
     setting: Setting<W>,
     message: Message,
+    beside: Vec<Message>,
     on_crash: Rc<dyn Fn(&W)>,
     overlapping: bool,
     points_max: usize,
@@ -160,7 +161,8 @@ impl<W: 'static> Explore<W> {
 
     fn new(setting: Setting<W>, message: Message) -> Self {
         let (points_max, deadline) = (Self::POINTS_MAX, crate::Harness::DEADLINE);
-        Self { setting, message, on_crash: Rc::new(|_| ()), overlapping: false, points_max, deadline }
+        let beside = Vec::new();
+        Self { setting, message, beside, on_crash: Rc::new(|_| ()), overlapping: false, points_max, deadline }
     }
 
     /// Production wiring in a fresh world for each run, on a broker and a store in memory.
@@ -214,6 +216,12 @@ impl<W: 'static> Explore<W> {
     /// This message instead of the event's own: with another source, other headers or data.
     pub fn message(mut self, message: Message) -> Self {
         self.message = message;
+        self
+    }
+
+    /// These messages arrive with the event: company for a batch handler.
+    pub fn beside(mut self, messages: impl IntoIterator<Item = Message>) -> Self {
+        self.beside = messages.into_iter().collect();
         self
     }
 
@@ -326,7 +334,7 @@ impl<W: 'static> Explore<W> {
     async fn single<R: PartialEq + Debug>(&self, read: &impl AsyncFn(&W) -> R) -> Outcome<R> {
         let (world, wire) = (self.setting)().await;
         let mut stage = Stage::new(wire);
-        stage.deliver(&self.message);
+        self.deliver(&mut stage);
         if let Err(why) = stage.settle(self.deadline).await {
             panic!("the undisturbed run: {why}");
         }
@@ -349,15 +357,19 @@ impl<W: 'static> Explore<W> {
         }
         let (on_crash, of) = (Rc::clone(&self.on_crash), Arc::clone(&world));
         stage.on_crash = Some(Box::new(move || on_crash(&of)));
-        stage.deliver(&self.message);
-        stage.deliver(&self.message);
+        self.deliver(&mut stage);
+        self.deliver(&mut stage);
         let mut left = stage.settle(self.deadline).await.err();
         stage.thaw().await;
-        stage.deliver(&self.message);
+        self.deliver(&mut stage);
         if left.is_none() {
             left = stage.settle(self.deadline).await.err();
         }
         Outcome::of(&stage, &self.id(), read(&world).await, left)
+    }
+
+    fn deliver(&self, stage: &mut Stage) {
+        std::iter::once(&self.message).chain(&self.beside).for_each(|message| stage.deliver(message));
     }
 
     fn id(&self) -> String {

@@ -220,6 +220,7 @@ impl World {
         Terms {
             attempts_max: settings.attempts_max,
             crashes_max: settings.crashes_max,
+            starts_per_claim: if self.plan.batched { 3 } else { 1 },
             in_flight_max: settings.in_flight_max,
             order_per_key: self.plan.ordered,
             transactional: self.plan.transactional,

@@ -37,18 +37,37 @@ pub fn no_start_after_terminal(history: &[Entry], _: &Terms) -> Vec<Violation> {
     found.1
 }
 
-/// Effects of one life of an event, by fence, and the fences whose repetition is explained.
+/// Effects of one life of an event, by fence, and how many of them are explained.
 #[derive(Default)]
 struct Life {
     effects: BTreeMap<u64, u32>,
-    excused: BTreeSet<u64>,
+    excused: BTreeMap<u64, Excused>,
+}
+
+/// One effect is excused for each start that was cut off: of a batch that fails as a whole, each event starts again under
+/// the same fence.
+#[derive(Debug, Default)]
+struct Excused {
+    effects: u32,
+    /// The last start is excused already.
+    is_last: bool,
 }
 
 impl Life {
+    fn started(&mut self, fence: u64) {
+        if let Some(excused) = self.excused.get_mut(&fence) {
+            excused.is_last = false;
+        }
+    }
+
+    fn excuse(&mut self, fence: u64) {
+        let excused = self.excused.entry(fence).or_default();
+        excused.effects += u32::from(!std::mem::replace(&mut excused.is_last, true));
+    }
+
     fn unexplained(&self) -> u32 {
-        // Under an excused fence the first effect is excused, a second one never is.
-        let of = |(fence, times): (&u64, &u32)| times - u32::from(self.excused.contains(fence));
-        self.effects.iter().map(of).sum()
+        let excused = |fence| self.excused.get(fence).map_or(0, |excused| excused.effects);
+        self.effects.iter().map(|(fence, times)| times.saturating_sub(excused(fence))).sum()
     }
 }
 
@@ -73,6 +92,7 @@ pub fn explained_duplicate(history: &[Entry], _: &Terms) -> Vec<Violation> {
         match &entry.what {
             What::Started { key, fence, .. } => {
                 running.entry(entry.worker).or_default().insert((*key, *fence));
+                lives.entry(*key).or_default().started(*fence);
             }
             What::Effect { key, fence, .. } => {
                 *lives.entry(*key).or_default().effects.entry(*fence).or_default() += 1;
@@ -83,11 +103,11 @@ pub fn explained_duplicate(history: &[Entry], _: &Terms) -> Vec<Violation> {
             What::Returned { key, fence, ok: false }
             | What::Recorded { key, fence, .. }
             | What::Renewed { key, fence, answer: Renewing::Lost, .. } => {
-                lives.entry(*key).or_default().excused.insert(*fence);
+                lives.entry(*key).or_default().excuse(*fence);
             }
             What::Crashed => {
                 for (key, fence) in running.remove(&entry.worker).unwrap_or_default() {
-                    lives.entry(key).or_default().excused.insert(fence);
+                    lives.entry(key).or_default().excuse(fence);
                 }
             }
             _ => {}

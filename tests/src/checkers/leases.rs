@@ -144,11 +144,13 @@ pub fn attempts_survive(history: &[Entry], _: &Terms) -> Vec<Violation> {
     found.1
 }
 
-/// A handler is started at most `attempts_max + crashes_max` times, uncounted failures aside, and never once its event
-/// is doomed, but for a worker that stood still, or a clock that was set, before the start.
+/// A handler is started under at most `attempts_max + crashes_max` claims, uncounted failures aside, and never once its
+/// event is doomed, but for a worker that stood still, or a clock that was set, before the start. Under one claim it is
+/// started once, or as often as a batch may come to nothing.
 pub fn attempts_bounded(history: &[Entry], terms: &Terms) -> Vec<Violation> {
     let mut found = Findings::of("attempts_bounded");
     let mut bounds: BTreeMap<EventKey, (u32, u32, bool)> = BTreeMap::new();
+    let mut under: BTreeMap<(EventKey, u64), u32> = BTreeMap::new();
     let mut lives = Lives::default();
     let mut still = StoodStill::default();
     for entry in history {
@@ -161,8 +163,12 @@ pub fn attempts_bounded(history: &[Entry], terms: &Terms) -> Vec<Violation> {
         let is_of_now = lives.is_of_now(entry);
         match &entry.what {
             What::Started { fence, .. } => {
-                *starts += 1;
-                if *doomed && !still.excuses(entry.worker, key, *fence) {
+                let under = under.entry((key, *fence)).or_default();
+                *under += 1;
+                *starts += u32::from(*under == 1);
+                if *under > terms.starts_per_claim {
+                    found.add(entry, format!("started {under} times under fence {fence}"));
+                } else if *doomed && !still.excuses(entry.worker, key, *fence) {
                     found.add(entry, "started although it is doomed");
                 } else if *starts > terms.attempts_max + terms.crashes_max + *uncounted {
                     found.add(entry, format!("started {starts} times, {uncounted} of them uncounted"));

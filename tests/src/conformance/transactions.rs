@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use hapax::{Outcome, ProcessedStore, Recorded, Status, TransactionalStore};
 
 use super::store::{CONSUMER, Desk, StoreFixture, failed, key};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +37,7 @@ macro_rules! transactional_cases {
             effects_and_mark_commit_together
             a_rolled_back_transaction_leaves_nothing
             a_fenced_transaction_leaves_nothing
+            many_marks_commit_together
         }
     };
 }
@@ -123,4 +125,38 @@ pub async fn a_fenced_transaction_leaves_nothing<F: TransactionalFixture>(fixtur
     assert_eq!(answers, [Recorded::Done]);
     store.commit(lent).await.expect("the transaction commits");
     assert_eq!(fixture.rows().await, ["by the holder"]);
+}
+
+/// A batch handler's marks: each is answered for itself, none is visible before `commit`, and one that is fenced says so
+/// beside the others.
+pub async fn many_marks_commit_together<F: TransactionalFixture>(fixture: &F) {
+    const EVENTS: usize = 70;
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let ids: Vec<_> = (0..EVENTS).map(|n| n.to_string()).collect();
+    let mut leases = Vec::new();
+    for id in &ids {
+        leases.push(desk.granted(id).await);
+    }
+    let marks: Vec<_> = leases.iter().map(|lease| (*lease, Outcome::Processed)).collect();
+    // One is fenced: the caller rolls back.
+    let fenced = EVENTS / 2;
+    let mut stale = marks.clone();
+    stale[fenced].0.fence = NonZeroU64::MIN;
+    let mut lent = written(fixture, &store, "rolled back").await;
+    let answers = store.record_in(&mut lent, &stale).await.expect("the store answers for each");
+    for (n, answer) in answers.iter().enumerate() {
+        let wanted = if n == fenced { Recorded::Fenced } else { Recorded::Done };
+        assert_eq!(*answer, wanted, "of event {n}");
+    }
+    drop(lent);
+    let mut lent = written(fixture, &store, "all").await;
+    let answers = store.record_in(&mut lent, &marks).await.expect("the outcomes are recorded");
+    assert_eq!(answers, [Recorded::Done; EVENTS]);
+    assert_eq!(status(fixture, "0").await, Some(Status::Claimed), "nothing is visible before commit");
+    store.commit(lent).await.expect("the transaction commits");
+    for id in &ids {
+        assert_eq!(status(fixture, id).await, Some(Status::Processed), "of event {id}");
+    }
+    assert_eq!(fixture.rows().await, ["all"]);
 }

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hapax::{
-    Broker, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Context, Event, Failure, Lease, Message,
-    Otherwise, Outcome, ProcessedStore, Recorded, Renewal, RetryPolicy, StoreHealth,
+    Broker, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Context, Event, Failure, Item, Lease, Message,
+    Otherwise, Outcome, Outcomes, ProcessedStore, Recorded, Renewal, RetryPolicy, StoreHealth,
 };
 use hapax_memory::MemoryStore;
 use serde::{Deserialize, Serialize};
 
 use super::{Explore, PointKind, Report, explore};
-use crate::stage::{NoPublisher, crash_point};
+use crate::stage::{NoPublisher, crash_point, message_of};
 
 #[derive(Serialize, Deserialize)]
 struct OrderPlaced {
@@ -96,6 +96,41 @@ async fn a_handler_that_charges_twice_is_caught_at_the_points_behind_its_effect(
     assert!(!told.contains("    -"), "{told}");
     let panic = std::panic::catch_unwind(|| report.assert_effects_once()).expect_err("it is caught");
     assert!(panic.downcast_ref::<String>().unwrap().contains("make a difference"));
+}
+
+/// A batch handler is caught and mended as a single one is, with company and alone.
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_charges_twice_is_caught_and_the_mended_one_passes() {
+    async fn careless(batch: Vec<Item<OrderPlaced, Arc<World>>>) -> Result<Outcomes, Failure> {
+        for item in &batch {
+            item.cx.state().charge(item.event.cents).await;
+        }
+        Ok(Outcomes::all_done())
+    }
+    async fn careful(batch: Vec<Item<OrderPlaced, Arc<World>>>) -> Result<Outcomes, Failure> {
+        for item in &batch {
+            item.cx.state().charge_keyed(item.cx.key("charge"), item.event.cents).await;
+        }
+        Ok(Outcomes::all_done())
+    }
+    fn charges(world: &Arc<World>) -> Vec<i64> {
+        let mut all = world.charges();
+        all.sort_unstable();
+        all
+    }
+    let company = || [message_of("second", &OrderPlaced { cents: 6 })];
+    let wired = |world: &Arc<World>, broker, store| {
+        Consumer::builder("billing", broker, store).otherwise(Otherwise::Ignore).state(Arc::clone(world))
+    };
+    let wiring = move |world: &Arc<World>, broker, store| wired(world, broker, store).on_batch(careless);
+    let report = Explore::wiring(Arc::<World>::default, wiring, &ORDER).beside(company()).read(charges).await;
+    let caught: Vec<_> = report.differences().iter().map(|difference| difference.point.name()).collect();
+    assert!(caught.contains(&Some("response")), "{report}");
+    let wiring = move |world: &Arc<World>, broker, store| wired(world, broker, store).on_batch(careful);
+    let explore = Explore::wiring(Arc::<World>::default, wiring, &ORDER).beside(company());
+    let report = explore.overlapping().read(charges).await;
+    report.assert_effects_once_though_paused();
+    assert_eq!(report.single(), "[\n    5,\n    6,\n]");
 }
 
 #[tokio::test(start_paused = true)]
@@ -306,6 +341,38 @@ mod in_transactions {
                 let _ = std::fs::remove_file(file);
             }
         }
+    }
+
+    /// A handler of many in one transaction, with company that fails the first time: it rolls back what it wrote.
+    #[tokio::test]
+    async fn a_batch_in_the_stores_transaction_passes_at_every_await_point() {
+        async fn invoices_of(batch: Vec<Item<OrderPlaced, ()>>, mut tx: SqliteTx) -> Result<Outcomes, Failure> {
+            let mut outcomes = Vec::new();
+            for item in &batch {
+                write(&mut tx, item.event.cents).await?;
+                crash_point("written").await;
+                let fails = item.event.cents == 7 && item.cx.attempt() == 1;
+                outcomes.push(if fails { Err(Failure::retryable("the first time")) } else { Ok(()) });
+            }
+            Ok(outcomes.into_iter().collect())
+        }
+        let wiring = |_: &Shop, broker, store| {
+            wired((), broker, store).on_batch_tx(invoices_of).delay(Duration::from_millis(10))
+        };
+        let report = Explore::with_store(shop, wiring, &ORDER)
+            .beside([message_of("second", &OrderPlaced { cents: 6 }), message_of("third", &OrderPlaced { cents: 7 })])
+            .on_crash(expire)
+            .deadline(Duration::from_secs(20))
+            .query(async |shop| {
+                let mut all = invoices(shop).await;
+                all.sort_unstable();
+                all
+            })
+            .await;
+        report.assert_effects_once();
+        assert_eq!(report.single(), "[\n    5,\n    6,\n    7,\n]");
+        let written = report.points().iter().filter(|point| point.name() == Some("written")).count();
+        assert!(written >= 3, "each of the batch: {:#?}", report.points());
     }
 
     async fn shop() -> (Shop, SqliteStore) {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fastrand::Rng;
-use hapax::{Context, Event, EventKey, Failure};
+use hapax::{Context, Event, EventKey, Failure, Item, Outcomes, Stop};
 use serde::{Deserialize, Serialize};
 
 use super::network::Tx;
@@ -153,9 +153,46 @@ pub(super) async fn step(step: Step, cx: Context<Process>) -> Result<(), Failure
 /// The same in a transaction: its effect is seen when it was committed.
 pub(super) async fn step_tx(step: Step, tx: Tx, cx: Context<Process>) -> Result<(), Failure> {
     let start = Start::of(&cx);
-    let effect = || tx.write();
+    let effect = || tx.write(start.key);
     let result = act(&step, &cx, start.number, &effect).await;
     start.returned(result)
+}
+
+/// The handler of many [`Step`]s at once: each does its own, one after the other.
+pub(super) async fn steps(batch: Vec<Item<Step, Process>>) -> Result<Outcomes, Failure> {
+    let effect = |start: &Start<'_>| start.process.ledger.effect(start.key, start.attempt, start.fence);
+    one_after_the_other(&batch, effect).await
+}
+
+/// The same in a transaction for all.
+pub(super) async fn steps_tx(batch: Vec<Item<Step, Process>>, tx: Tx) -> Result<Outcomes, Failure> {
+    one_after_the_other(&batch, |start| tx.write(start.key)).await
+}
+
+/// Some events fail the whole batch, the first time that they are in one. None has returned before all have.
+async fn one_after_the_other(
+    batch: &[Item<Step, Process>],
+    effect: impl Fn(&Start<'_>) + Sync,
+) -> Result<Outcomes, Failure> {
+    let mut outcomes = Vec::new();
+    for item in batch {
+        // Nothing stops one event of a batch for itself, so each looks whether its lease is lost.
+        if item.cx.stopped() == Some(Stop::LeaseLost) {
+            outcomes.push((None, Err(Failure::retryable("its lease is lost"))));
+            continue;
+        }
+        let start = Start::of(&item.cx);
+        let outcome = act(&item.event, &item.cx, start.number, &|| effect(&start)).await;
+        if item.event.n % 7 == 0 && start.number == 1 {
+            return Err(Failure::retryable("the whole batch"));
+        }
+        outcomes.push((Some(start), outcome));
+    }
+    let told = |(start, outcome): (Option<Start<'_>>, _)| match start {
+        Some(start) => start.returned(outcome),
+        None => outcome,
+    };
+    Ok(outcomes.into_iter().map(told).collect())
 }
 
 /// The handler of what was published.

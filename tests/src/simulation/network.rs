@@ -163,18 +163,18 @@ pub(super) struct WorkerStore {
 
 /// What a transactional handler writes through.
 #[derive(Debug)]
-pub(super) struct Tx(Arc<Mutex<u32>>);
+pub(super) struct Tx(Arc<Mutex<BTreeMap<EventKey, u32>>>);
 
 impl Tx {
-    /// One effect.
-    pub(super) fn write(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    /// One effect of this event.
+    pub(super) fn write(&self, key: EventKey) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default() += 1;
     }
 }
 
 /// The runtime's side of a transaction.
 pub(super) struct Lent {
-    effects: Arc<Mutex<u32>>,
+    effects: Arc<Mutex<BTreeMap<EventKey, u32>>>,
     marks: Vec<(Lease, Outcome)>,
 }
 
@@ -209,7 +209,7 @@ impl TransactionalStore for WorkerStore {
     async fn begin(&self) -> Result<(Tx, Lent)> {
         self.faults.before("begin").await?;
         self.remote.network.travel().await;
-        let effects = Arc::<Mutex<u32>>::default();
+        let effects = Arc::<Mutex<BTreeMap<EventKey, u32>>>::default();
         Ok((Tx(Arc::clone(&effects)), Lent { effects, marks: Vec::new() }))
     }
 
@@ -228,8 +228,9 @@ impl TransactionalStore for WorkerStore {
     }
 
     async fn commit(&self, lent: Lent) -> Result<()> {
-        let times = *lent.effects.lock().unwrap_or_else(PoisonError::into_inner);
+        let effects = std::mem::take(&mut *lent.effects.lock().unwrap_or_else(PoisonError::into_inner));
         for (lease, _) in &lent.marks {
+            let times = effects.get(&lease.key).copied().unwrap_or_default();
             let row = Row { ledger: self.ledger.clone(), attempt: lease.attempt, times };
             self.remote.network.rows().insert((lease.key, lease.fence.get()), row);
         }

@@ -21,6 +21,8 @@ pub(super) struct Plan {
     pub(super) others: u32,
     pub(super) ordered: bool,
     pub(super) transactional: bool,
+    /// Whether the handler takes many events at once.
+    pub(super) batched: bool,
     pub(super) settings: Settings,
     pub(super) arrivals: Vec<Arrival>,
     pub(super) chaos: Chaos,
@@ -100,7 +102,9 @@ impl Plan {
         let settings = settings(&mut rng);
         let chaos = chaos(&mut rng, ordered);
         let arrivals = arrivals(&mut rng, ordered, transactional, chaos.lasts);
-        Self { seed, workers: 3, others, ordered, transactional, settings, arrivals, chaos }
+        // Drawn apart, so that seeds from before there were batches mean what they meant.
+        let batched = Rng::with_seed(!seed).u8(..3) == 0;
+        Self { seed, workers: 3, others, ordered, transactional, batched, settings, arrivals, chaos }
     }
 
     /// The call faults of one worker: a swarm of its own.

@@ -313,10 +313,13 @@ impl Worker {
             .otherwise(Otherwise::Ignore)
             .observer(Arc::new(()))
             .seed(self.draw(|rng| rng.u64(..)));
-        let builder = if world.plan.transactional {
-            builder.on_tx(events::step_tx)
-        } else {
-            builder.on(events::step).on(events::derived).publisher(Arc::clone(&out))
+        let builder = match (world.plan.transactional, world.plan.batched) {
+            (true, false) => builder.on_tx(events::step_tx),
+            (true, true) => builder.on_batch_tx(events::steps_tx),
+            (false, batched) => {
+                let builder = if batched { builder.on_batch(events::steps) } else { builder.on(events::step) };
+                builder.on(events::derived).publisher(Arc::clone(&out))
+            }
         };
         let stepper: Arc<dyn Stepper> = Arc::clone(life) as Arc<dyn Stepper>;
         builder.under_test(stepper, out).build().await.map_err(|error| error.to_string())
