@@ -97,7 +97,7 @@ async fn main() -> ExitCode {
 }
 
 async fn publish(options: &Options, counts: &mut Counts) -> Result<(), String> {
-    let publisher = target::publisher(options.broker, options.url.as_ref(), &options.topic).await?;
+    let publisher = target::publisher(options.broker, options.url.as_ref(), &options.topic)?;
     let mut lines = lines::read(&options.events, MessageLimits::DEFAULT.body_max)?;
     let mut batch = Vec::new();
     while lines.recv_many(&mut batch, BATCH_MAX).await > 0 {

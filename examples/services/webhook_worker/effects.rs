@@ -37,7 +37,8 @@ pub(crate) struct App {
 }
 
 impl App {
-    async fn work(&self) -> Result<(), Failure> {
+    async fn work(&self, effect: &Effect<'_>) -> Result<(), Failure> {
+        tracing::debug!(id = &*effect.id, attempt = effect.attempt, "begins");
         tokio::time::sleep(self.pause).await;
         if self.fail_rate > 0.0 && fastrand::f64() < self.fail_rate {
             return Err(Failure::retryable("--fail-rate"));
@@ -48,26 +49,29 @@ impl App {
 
 /// One row. It commits together with the mark that the event was processed, or neither does.
 pub(crate) async fn sqlite_row(event: Arc<Message>, mut tx: SqliteTx, cx: Context<App>) -> Result<(), Failure> {
-    let Effect { consumer, source, id, ty, .. } = Effect::of(&event, &cx);
+    let effect = Effect::of(&event, &cx);
+    let Effect { consumer, source, id, ty, .. } = &effect;
     let insert = sqlx::query("INSERT INTO effects (consumer, source, id, type) VALUES (?, ?, ?, ?)");
-    insert.bind(consumer).bind(&*source).bind(&*id).bind(ty).execute(&mut *tx).await?;
-    cx.state().work().await
+    insert.bind(*consumer).bind(&**source).bind(&**id).bind(*ty).execute(&mut *tx).await?;
+    cx.state().work(&effect).await
 }
 
 /// One row, as in SQLite.
 pub(crate) async fn postgres_row(event: Arc<Message>, mut tx: PgTx, cx: Context<App>) -> Result<(), Failure> {
-    let Effect { consumer, source, id, ty, .. } = Effect::of(&event, &cx);
+    let effect = Effect::of(&event, &cx);
+    let Effect { consumer, source, id, ty, .. } = &effect;
     let insert = sqlx::query("INSERT INTO effects (consumer, source, id, type) VALUES ($1, $2, $3, $4)");
     // Unnamed, so that it goes through a pooler that hands out its connections by transaction.
-    insert.bind(consumer).bind(&*source).bind(&*id).bind(ty).persistent(false).execute(&mut *tx).await?;
-    cx.state().work().await
+    insert.bind(*consumer).bind(&**source).bind(&**id).bind(*ty).persistent(false).execute(&mut *tx).await?;
+    cx.state().work(&effect).await
 }
 
 /// One line. What can fail comes before it.
 pub(crate) async fn line(event: Arc<Message>, cx: Context<App>) -> Result<(), Failure> {
-    cx.state().work().await?;
+    let effect = Effect::of(&event, &cx);
+    cx.state().work(&effect).await?;
     let file = cx.state().lines.clone().ok_or_else(|| Failure::permanent("there is no file for effects"))?;
-    let mut line = serde_json::to_vec(&Effect::of(&event, &cx))?;
+    let mut line = serde_json::to_vec(&effect)?;
     line.push(b'\n');
     append(&file, &line)?;
     // The record must not say processed before the line is on disk.
@@ -117,13 +121,16 @@ struct Effect<'a> {
     #[serde(rename = "type")]
     ty: &'a str,
     key: String,
+    /// For the log alone.
+    #[serde(skip)]
+    attempt: u32,
 }
 
 impl<'a> Effect<'a> {
     fn of(event: &'a Message, cx: &'a Context<App>) -> Self {
         let (source, id) = identity(event);
         let ty = event.attributes.ty.as_deref().unwrap_or_default();
-        Self { consumer: cx.consumer(), source, id, ty, key: cx.idempotency_key() }
+        Self { consumer: cx.consumer(), source, id, ty, key: cx.idempotency_key(), attempt: cx.attempt() }
     }
 }
 

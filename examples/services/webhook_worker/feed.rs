@@ -17,7 +17,6 @@ const LINE_MAX: u64 = 2 << 20;
 
 /// Feeds the memory broker; any other has its events from elsewhere.
 pub(crate) fn from_stdin(queue: &Queue) -> Option<JoinHandle<()>> {
-    #[allow(irrefutable_let_patterns)]
     let Queue::Memory(broker) = queue else { return None };
     let (lines, receiver) = mpsc::channel(AHEAD_MAX);
     // Not joined: it may wait for standard input when the program ends.

@@ -20,7 +20,8 @@ use std::time::Duration;
 use clap::Parser;
 use hapax::{ConsumerHandle, Service};
 use options::Options;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
 
 use crate::brokers::Queue;
 use crate::http::Http;
@@ -29,7 +30,7 @@ use crate::stores::Store;
 #[tokio::main]
 async fn main() -> ExitCode {
     let options = Options::parse();
-    tracing_subscriber::fmt().with_max_level(LevelFilter::INFO).with_writer(io::stderr).with_ansi(false).init();
+    log_to_stderr();
     match run(options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
@@ -39,14 +40,22 @@ async fn main() -> ExitCode {
     }
 }
 
+/// `RUST_LOG=info,webhook_worker=debug` tells every handler that begins, too.
+fn log_to_stderr() {
+    let targets = std::env::var("RUST_LOG").ok().and_then(|targets| targets.parse().ok());
+    let targets = targets.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false).with_filter(targets);
+    tracing_subscriber::registry().with(lines).init();
+}
+
 async fn run(options: Options) -> Result<(), String> {
     let wrong = options.check();
     if !wrong.is_empty() {
         return Err(wrong.join("\nwebhook_worker: "));
     }
-    let queue = Queue::new(&options).await.map_err(|error| told(&error))?;
-    queue.declare().await.map_err(|error| told(&error))?;
+    let queue = Queue::new(&options).map_err(|error| told(&error))?;
     if options.declare_only {
+        queue.declare().await.map_err(|error| told(&error))?;
         println!("{} and what group {} needs are there", options.topic, options.group);
         return Ok(());
     }

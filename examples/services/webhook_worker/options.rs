@@ -120,6 +120,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
     seconds.filter(|idle| !idle.is_zero()).ok_or_else(|| "a number of seconds above 0, such as 5 or 0.5".to_owned())
 }
 
+/// With TLS, for a cluster or for sentinels a scheme has letters more: rediss, redis-cluster.
+fn begins(url: &SecretUrl, schemes: &[&str]) -> bool {
+    schemes.iter().any(|scheme| url.scheme().starts_with(scheme))
+}
+
 impl Options {
     /// Where effects take place, as far as it was said or is plain. [`check`](Self::check) tells where it is not.
     pub(crate) fn effects(&self) -> Option<Effects> {
@@ -163,8 +168,8 @@ impl Options {
     fn check_broker(&self, wrong: &mut Vec<String>) {
         let schemes: &[&str] = match self.broker {
             BrokerKind::Memory => &[],
-            BrokerKind::Redis => &["redis", "rediss", "redis+unix", "unix", "valkey", "valkeys"],
-            BrokerKind::Rabbitmq => &["amqp", "amqps"],
+            BrokerKind::Redis => &["redis", "unix"],
+            BrokerKind::Rabbitmq => &["amqp"],
             BrokerKind::Kafka => &["kafka"],
         };
         match (&self.url, self.broker) {
@@ -175,7 +180,7 @@ impl Options {
             (None, broker) => {
                 wrong.push(format!("--url is missing: give the address of {broker:?}, as in {}://host", schemes[0]));
             }
-            (Some(url), broker) if !schemes.contains(&url.scheme()) => wrong.push(format!(
+            (Some(url), broker) if !begins(url, schemes) => wrong.push(format!(
                 "--url {url}: {broker:?} is reached by {}://..; correct the address, or --broker",
                 schemes[0]
             )),
@@ -186,8 +191,8 @@ impl Options {
     fn check_store(&self, store: StoreKind, wrong: &mut Vec<String>) {
         let schemes: &[&str] = match store {
             StoreKind::Memory | StoreKind::Sqlite => &[],
-            StoreKind::Redis => &["redis", "rediss", "redis+unix", "unix", "valkey", "valkeys"],
-            StoreKind::Postgres => &["postgres", "postgresql"],
+            StoreKind::Redis => &["redis", "unix"],
+            StoreKind::Postgres => &["postgres"],
         };
         match (self.store_url.as_deref(), store) {
             (Some(_), StoreKind::Memory) => {
@@ -204,7 +209,7 @@ impl Options {
             }
             (Some(url), store) => match SecretUrl::parse(url) {
                 Err(error) => wrong.push(format!("--store-url: {error}")),
-                Ok(url) if !schemes.contains(&url.scheme()) => wrong.push(format!(
+                Ok(url) if !begins(&url, schemes) => wrong.push(format!(
                     "--store-url {url}: {store:?} is reached by {}://..; correct the address, or --store",
                     schemes[0]
                 )),

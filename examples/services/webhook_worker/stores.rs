@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hapax::{Consumer, ConsumerBuilder, IdFrom, Level, Order, ProcessedStore, SecretUrl, Settings, Window};
 use hapax_memory::MemoryStore;
+use hapax_redis::RedisStore;
 use hapax_sqlite::SqliteStore;
 
 use crate::brokers::Queue;
@@ -28,6 +29,8 @@ pub(crate) enum Store {
     Memory(MemoryStore),
     /// In a file.
     Sqlite(SqliteStore),
+    /// On a server.
+    Redis(RedisStore),
 }
 
 impl Store {
@@ -45,6 +48,10 @@ impl Store {
                     effects::create_in_sqlite(store.pool()).await.map_err(untold)?;
                 }
                 Ok(Self::Sqlite(store))
+            }
+            StoreKind::Redis => {
+                let url = SecretUrl::parse(url).map_err(|error| format!("--store-url: {error}"))?;
+                RedisStore::open(url).await.map(Self::Redis).map_err(|error| told(&error))
             }
             other => Err(format!("--store {other:?}: not there yet")),
         }
@@ -68,7 +75,7 @@ impl Store {
     /// Lets go.
     pub(crate) async fn close(&self) {
         match self {
-            Self::Memory(_) => {}
+            Self::Memory(_) | Self::Redis(_) => {}
             Self::Sqlite(store) => store.close().await,
         }
     }
@@ -77,6 +84,7 @@ impl Store {
         match self {
             Self::Memory(store) => Arc::new(store.clone()),
             Self::Sqlite(store) => Arc::new(store.clone()),
+            Self::Redis(store) => Arc::new(store.clone()),
         }
     }
 }
