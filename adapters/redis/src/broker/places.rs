@@ -43,14 +43,13 @@ pub(super) struct Source {
 
 pub(super) fn sources(places: &[Place]) -> Vec<Source> {
     let both = |(place, names): (usize, &Place)| {
-        [(&names.stream, false), (&names.again, true)]
-            .map(|(key, again)| Source { key: key.clone(), place, again })
+        [(&names.stream, false), (&names.again, true)].map(|(key, again)| Source { key: key.clone(), place, again })
     };
     places.iter().enumerate().flat_map(both).collect()
 }
 
 /// Checks a name; `what` is the setting it came from.
-pub(super) fn check_name(what: &str, name: &str) -> Result<()> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_.:-/{}".contains(c);
     let braces = name.matches(['{', '}']).count();
     let tagged = braces == 0 || (braces == 2 && tag(name).is_some());

@@ -99,10 +99,6 @@ impl Table {
         self.session.id()
     }
 
-    pub(super) fn limits(&self) -> &Limits {
-        &self.limits
-    }
-
     /// From here on its receipts are stale.
     pub(super) fn end(&mut self) {
         self.state.send_replace(SessionState::Ended);
@@ -180,7 +176,8 @@ impl Table {
 
     /// What may still be read: events, and bytes.
     pub(super) fn room(&self) -> (usize, usize) {
-        let waiting: usize = self.buffer.iter().filter_map(|receipt| self.held.get(receipt)).map(|held| held.bytes).sum();
+        let waiting: usize =
+            self.buffer.iter().filter_map(|receipt| self.held.get(receipt)).map(|held| held.bytes).sum();
         let events = self.limits.events.max(1).saturating_sub(self.handed_out + self.buffer.len());
         (events, self.limits.bytes.saturating_sub(self.handed_out_bytes + waiting))
     }
@@ -233,7 +230,9 @@ impl Table {
         for (keys, standing) in [(keys, None), (lost, Some(Standing::Lost)), (trimmed, Some(Standing::Trimmed))] {
             for key in keys {
                 let receipt = self.receipts.get(key).copied();
-                let Some((receipt, held)) = receipt.and_then(|it| Some((it, self.held.get_mut(&it)?))) else { continue };
+                let Some((receipt, held)) = receipt.and_then(|it| Some((it, self.held.get_mut(&it)?))) else {
+                    continue;
+                };
                 held.kept = held.kept.max(at);
                 let Some(standing) = standing else { continue };
                 held.standing = standing;

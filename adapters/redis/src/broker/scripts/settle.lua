@@ -52,9 +52,8 @@ end
 -- The entry's fields as they travelled, with its origin and how often it was delivered before.
 local function stored(id, copy)
   local entry = redis.call('XRANGE', stream, id, id)[1]
-  if not entry then return copy, id, 0 end
-  local fields = entry[2]
-  if not again then return fields, id, 0 end
+  local fields = entry and entry[2] or copy
+  if not again or #fields == 0 then return fields, id, 0 end
   local origin, count, rest = fields[2], tonumber(fields[4]) or 0, {}
   for i = 5, #fields do rest[i - 4] = fields[i] end
   return rest, origin, count
