@@ -1,0 +1,163 @@
+//! The edge: where an error of sqlx or PostgreSQL becomes one of hapax, in one function.
+//!
+//! Only the server's message is told: its detail can quote rows. No text holds a URL, since the store never sees one.
+
+use std::sync::Arc;
+
+use hapax::{Error, ErrorKind};
+
+/// SQLSTATE codes, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+pub(crate) mod code {
+    pub(crate) const LOCK_NOT_AVAILABLE: &str = "55P03";
+    pub(crate) const READ_ONLY: &str = "25006";
+    pub(crate) const IN_FAILED_TRANSACTION: &str = "25P02";
+    pub(crate) const SERIALIZATION_FAILURE: &str = "40001";
+    pub(crate) const DEADLOCK_DETECTED: &str = "40P01";
+    pub(crate) const QUERY_CANCELED: &str = "57014";
+    pub(crate) const IDLE_IN_TRANSACTION: &str = "25P03";
+    pub(crate) const UNDEFINED_TABLE: &str = "42P01";
+    pub(crate) const UNDEFINED_COLUMN: &str = "42703";
+    pub(crate) const INVALID_SCHEMA: &str = "3F000";
+    pub(crate) const INSUFFICIENT_PRIVILEGE: &str = "42501";
+    pub(crate) const INVALID_DATABASE: &str = "3D000";
+}
+
+/// What went wrong, before it is said during which operation.
+#[derive(Clone, Debug)]
+pub(crate) struct Fault {
+    pub(crate) kind: ErrorKind,
+    text: String,
+    source: Option<Arc<sqlx::Error>>,
+}
+
+impl Fault {
+    pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
+        Self { kind, text: text.into(), source: None }
+    }
+
+    pub(crate) fn unavailable(text: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Unavailable, text)
+    }
+
+    pub(crate) fn incompatible(text: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Incompatible, text)
+    }
+
+    pub(crate) fn configuration(text: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Configuration, text)
+    }
+
+    pub(crate) fn rejected(text: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Rejected, text)
+    }
+
+    /// The server's code, if it was the server that answered.
+    pub(crate) fn code(&self) -> Option<String> {
+        self.source.as_deref().and_then(sqlstate)
+    }
+
+    pub(crate) fn has_code(&self, code: &str) -> bool {
+        self.code().as_deref() == Some(code)
+    }
+
+    /// Whether the connection may be used again: the server refused a statement, and went on.
+    pub(crate) fn leaves_connection(&self) -> bool {
+        match self.code().as_deref() {
+            // Another server may take writes; one that shuts down closes the connection itself.
+            Some(code::READ_ONLY) => false,
+            Some(code) => !["08", "57P"].iter().any(|class| code.starts_with(class)),
+            None => false,
+        }
+    }
+
+    /// A commit whose answer was lost may have taken place; one that the server refused has not.
+    pub(crate) fn at_commit(self) -> Self {
+        match self.code().as_deref() {
+            // Deferred constraints and the like: what the handler wrote is refused.
+            Some(code) if code.starts_with("23") || code.starts_with("22") => Self { kind: ErrorKind::Rejected, ..self },
+            Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED | code::IN_FAILED_TRANSACTION) => self,
+            _ => Self { kind: ErrorKind::Unknown, ..self },
+        }
+    }
+
+    pub(crate) fn during(self, operation: &'static str) -> Error {
+        let error = Error::new(self.kind, operation).because(self.text);
+        match self.source {
+            Some(source) => error.with_source(source),
+            None => error,
+        }
+    }
+}
+
+impl From<sqlx::Error> for Fault {
+    fn from(error: sqlx::Error) -> Self {
+        let kind = match &error {
+            sqlx::Error::Database(_) => kind_of(&sqlstate(&error).unwrap_or_default()),
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
+                ErrorKind::Incompatible
+            }
+            sqlx::Error::Io(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::BeginFailed => ErrorKind::Unavailable,
+            sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => ErrorKind::Configuration,
+            _ => ErrorKind::Internal,
+        };
+        let text = match error.as_database_error() {
+            Some(database) => format!("{} ({})", database.message(), sqlstate(&error).unwrap_or_default()),
+            None => error.to_string(),
+        };
+        Self { kind, text, source: Some(Arc::new(error)) }
+    }
+}
+
+/// What a code of the server means for the caller. PgBouncer says that it has no server with `08P01`.
+fn kind_of(sqlstate: &str) -> ErrorKind {
+    match sqlstate {
+        code::LOCK_NOT_AVAILABLE | code::READ_ONLY | code::QUERY_CANCELED | code::IDLE_IN_TRANSACTION => {
+            ErrorKind::Unavailable
+        }
+        code::UNDEFINED_TABLE | code::UNDEFINED_COLUMN | code::INVALID_SCHEMA => ErrorKind::Incompatible,
+        code::INSUFFICIENT_PRIVILEGE | code::INVALID_DATABASE => ErrorKind::Configuration,
+        _ => match sqlstate.get(..2).unwrap_or_default() {
+            // Connection, transaction rolled back, resources, operator intervention, system.
+            "08" | "40" | "53" | "57" | "58" => ErrorKind::Unavailable,
+            "28" => ErrorKind::Configuration,
+            "22" | "23" => ErrorKind::Rejected,
+            // A page of a table or an index is damaged.
+            "XX" => ErrorKind::Incompatible,
+            _ => ErrorKind::Internal,
+        },
+    }
+}
+
+fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_asked_again_and_what_an_item_causes_is_rejected() {
+        for passing in ["40001", "40P01", "55P03", "57014", "57P01", "57P03", "08006", "08P01", "53300", "53100", "25006"]
+        {
+            assert_eq!(kind_of(passing), ErrorKind::Unavailable, "{passing}");
+        }
+        for refused in ["22021", "23505"] {
+            assert_eq!(kind_of(refused), ErrorKind::Rejected, "{refused}");
+        }
+        for (code, kind) in [
+            ("42P01", ErrorKind::Incompatible),
+            ("XX001", ErrorKind::Incompatible),
+            ("42501", ErrorKind::Configuration),
+            ("28P01", ErrorKind::Configuration),
+            ("42601", ErrorKind::Internal),
+        ] {
+            assert_eq!(kind_of(code), kind, "{code}");
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Lines: connections of the user's pool, each asked one message at a time.
+//!
+//! A batch is one message of PostgreSQL's simple protocol that holds several statements. The server runs them in one
+//! transaction that begins and ends with the message, so a batch costs one round trip, leaves no transaction open
+//! whatever happens to its caller, and needs no prepared statement: PgBouncer in transaction mode forwards it as a whole.
+//! The extended protocol as sqlx speaks it would take four round trips (begin, parse, execute, commit).
+//!
+//! The pool tests a connection when it hands it out and when it gets it back. So while there is work, two are kept.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use hapax::ErrorKind;
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Either, PgConnection, PgPool, Postgres, Row};
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout};
+
+use crate::error::Fault;
+
+/// Connections kept between batches at most.
+const KEPT_MAX: u32 = 2;
+/// One that was not used for so long goes back to the pool.
+const IDLE_MAX: Duration = Duration::from_secs(1);
+/// One that was kept for so long goes back, so that the pool can renew it.
+const KEPT_FOR_MAX: Duration = Duration::from_secs(60);
+/// How long a connection of the pool is waited for.
+pub(crate) const ACQUIRE_MAX: Duration = Duration::from_secs(5);
+
+/// The rows of each statement of a message.
+pub(crate) type Replies = Vec<Vec<PgRow>>;
+
+/// The connections of one store.
+pub(crate) struct Lines {
+    pool: PgPool,
+    kept: Mutex<Vec<Kept>>,
+    kept_max: usize,
+    /// How long an answer is waited for.
+    deadline: Duration,
+    /// Where connections are given back, wherever the store is dropped.
+    runtime: Handle,
+}
+
+struct Kept {
+    connection: PoolConnection<Postgres>,
+    taken: Instant,
+    used: Instant,
+}
+
+impl Lines {
+    pub(crate) fn new(pool: PgPool, deadline: Duration, runtime: Handle) -> Self {
+        // The user's own statements on this pool find a connection too.
+        let spare = pool.options().get_max_connections().saturating_sub(1);
+        let kept_max = KEPT_MAX.min(spare) as usize;
+        Self { pool, kept: Mutex::default(), kept_max, deadline, runtime }
+    }
+
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// Sends a message and reads all its replies. Dropping it closes the connection; the server finishes the message or
+    /// rolls it back.
+    pub(crate) async fn ask(&self, message: String) -> Result<Replies, Fault> {
+        let mut busy = self.take().await?;
+        let Some(kept) = busy.kept.as_mut() else {
+            return Err(Fault::new(ErrorKind::Internal, "a line without a connection"));
+        };
+        let asked = timeout(self.deadline, ask_on(&mut kept.connection, message)).await;
+        match asked {
+            Ok(Ok(replies)) => {
+                check_own(&replies)?;
+                busy.is_sound = true;
+                Ok(replies)
+            }
+            Ok(Err(fault)) => {
+                busy.is_sound = fault.leaves_connection();
+                Err(fault)
+            }
+            Err(_) => Err(Fault::new(ErrorKind::Unknown, format!("no answer within {:?}", self.deadline))),
+        }
+    }
+
+    async fn take(&self) -> Result<Busy<'_>, Fault> {
+        let kept = self.kept().pop();
+        let kept = match kept {
+            Some(kept) => kept,
+            None => {
+                let acquired = timeout(ACQUIRE_MAX, self.pool.acquire()).await;
+                let why = || Fault::unavailable(format!("no connection of the pool was free within {ACQUIRE_MAX:?}"));
+                let now = Instant::now();
+                Kept { connection: acquired.map_err(|_| why())??, taken: now, used: now }
+            }
+        };
+        Ok(Busy { lines: self, kept: Some(kept), is_sound: false })
+    }
+
+    fn give_back(&self, mut kept: Kept) {
+        kept.used = Instant::now();
+        let mut all = self.kept();
+        let stays =
+            all.len() < self.kept_max && kept.taken.elapsed() < KEPT_FOR_MAX && !self.pool.is_closed();
+        if stays {
+            all.push(kept);
+        }
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what is not used, until the pool is closed.
+    pub(crate) async fn tidy(self: Arc<Self>) {
+        let mut closing = self.pool.close_event();
+        loop {
+            tokio::select! {
+                () = &mut closing => break,
+                () = tokio::time::sleep(IDLE_MAX / 2) => {}
+            }
+            self.kept().retain(|kept| kept.used.elapsed() < IDLE_MAX);
+        }
+        self.kept().clear();
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        // The pool takes them back in a task of its own.
+        let _runtime = self.runtime.enter();
+        self.kept().clear();
+    }
+}
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lines").field("kept_max", &self.kept_max).field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+/// A connection with a message on its way. Unless the answer was read to its end, it is closed.
+struct Busy<'a> {
+    lines: &'a Lines,
+    kept: Option<Kept>,
+    is_sound: bool,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let Some(mut kept) = self.kept.take() else { return };
+        if self.is_sound {
+            self.lines.give_back(kept);
+        } else {
+            kept.connection.close_on_drop();
+        }
+    }
+}
+
+/// Refuses the answers of a message that was not its own transaction: it was swallowed by one that another user of the
+/// pool left open on this connection, and nobody would commit it. (sqlx 0.9 leaves it so where a `begin()` is dropped
+/// before its answer has come.)
+fn check_own(replies: &Replies) -> Result<(), Fault> {
+    let told = replies.iter().take(2).filter_map(|rows| rows.first());
+    let told = told.filter_map(|row| row.try_get::<bool, _>("is_own").ok());
+    match told.last() {
+        Some(false) => {
+            tracing::warn!("a connection of the pool was handed out inside a transaction that nobody ended; closing it");
+            Err(Fault::unavailable("a connection of the pool was inside somebody's transaction, and is closed"))
+        }
+        Some(true) | None => Ok(()),
+    }
+}
+
+/// Sends a message on a connection and reads all its replies.
+pub(crate) async fn ask_on(connection: &mut PgConnection, message: String) -> Result<Replies, Fault> {
+    // Sound because of `template.rs`: what is written into a text is digits, hexadecimal digits and our own words.
+    let mut answers = sqlx::raw_sql(AssertSqlSafe(message)).fetch_many(connection);
+    let (mut replies, mut rows) = (Replies::new(), Vec::new());
+    while let Some(answer) = answers.try_next().await? {
+        match answer {
+            Either::Left(_) => replies.push(std::mem::take(&mut rows)),
+            Either::Right(row) => rows.push(row),
+        }
+    }
+    Ok(replies)
+}

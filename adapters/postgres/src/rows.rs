@@ -1,0 +1,157 @@
+//! Rows as they come back: ids, records, and what core's state machine says of those that were not changed.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use hapax::record::{Moment, Record, State};
+use hapax::{
+    Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, Reason, Recorded, Status, Trouble,
+};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use crate::error::Fault;
+use crate::statements::{FORGOTTEN, Id, state_number, target};
+
+/// What to wait for where a record was free a moment ago or is locked: another claim is under way.
+pub(crate) const SOON: Duration = Duration::from_millis(50);
+
+/// The id in the first two columns.
+pub(crate) fn id(row: &PgRow) -> Result<Id, Fault> {
+    let consumer: i32 = row.try_get(1)?;
+    Ok((EventKey(uuid(row, 0)?), ConsumerId(u32::try_from(consumer).unwrap_or_default())))
+}
+
+/// A `uuid` as the server writes it.
+fn uuid(row: &PgRow, column: usize) -> Result<[u8; 16], Fault> {
+    let text: &str = row.try_get_unchecked(column)?;
+    let mut digits = text.bytes().filter_map(|byte| char::from(byte).to_digit(16));
+    let mut bytes = [0; 16];
+    for byte in &mut bytes {
+        let (high, low) = (digits.next(), digits.next());
+        let (Some(high), Some(low)) = (high, low) else {
+            return Err(Fault::incompatible(format!("column {column} is not a uuid")));
+        };
+        *byte = (high * 16 + low) as u8;
+    }
+    Ok(bytes)
+}
+
+fn count(row: &PgRow, column: usize) -> Result<u32, Fault> {
+    let count: i32 = row.try_get(column)?;
+    u32::try_from(count).map_err(|_| Fault::incompatible(format!("column {column} holds {count}, which is no count")))
+}
+
+fn fence(row: &PgRow, column: usize) -> Result<NonZeroU64, Fault> {
+    let fence: i64 = row.try_get(column)?;
+    let fence = u64::try_from(fence).ok().and_then(NonZeroU64::new);
+    fence.ok_or_else(|| Fault::incompatible(format!("column {column} holds no fence")))
+}
+
+fn trouble(row: &PgRow, id: usize, error: usize) -> Result<Option<Trouble>, Fault> {
+    let (id, error): (Option<&str>, Option<&str>) = (row.try_get(id)?, row.try_get(error)?);
+    if id.is_none() && error.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(Trouble { id: id.unwrap_or_default().into(), error: error.unwrap_or_default().into() }))
+}
+
+/// A row of `claim.sql`: the grant.
+pub(crate) fn granted(row: &PgRow) -> Result<Claim, Fault> {
+    let (key, consumer) = id(row)?;
+    let lease = Lease { consumer, key, fence: fence(row, 2)?, attempt: count(row, 3)? };
+    let crashes = count(row, 4)?;
+    let trouble = trouble(row, 7, 8)?;
+    // What every claim but the first leaves behind.
+    if lease.attempt <= 1 && crashes == 0 && trouble.is_none() {
+        return Ok(Claim::Granted(lease, None));
+    }
+    let first: Option<i64> = row.try_get(5)?;
+    let doomed: Option<&str> = row.try_get(6)?;
+    let history = History {
+        crashes,
+        first: Duration::from_micros(first.and_then(|first| u64::try_from(first).ok()).unwrap_or_default()),
+        trouble: trouble.unwrap_or_default(),
+        doomed: doomed.map(Reason::from_word),
+    };
+    Ok(Claim::Granted(lease, Some(Box::new(history))))
+}
+
+/// A row of `read.sql`: a record and the clock; `None` for one that an operator forgot.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) id: Id,
+    pub(crate) now: Moment,
+    pub(crate) record: Option<Record>,
+}
+
+impl Seen {
+    pub(crate) fn read(row: &PgRow) -> Result<Self, Fault> {
+        let moment = |column| Ok::<_, Fault>(Moment(u64::try_from(row.try_get::<i64, _>(column)?).unwrap_or_default()));
+        let (time, last) = (moment(4)?, fence(row, 5)?);
+        let reason: Option<&str> = row.try_get(9)?;
+        let reason = reason.map_or(Reason::Permanent, Reason::from_word);
+        let state = match row.try_get::<i16, _>(3)? {
+            0 => Some(State::Claimed { until: time }),
+            1 => Some(State::Waiting { until: time }),
+            2 => Some(State::Doomed { until: time, reason, since: last }),
+            3 => Some(State::Processed { at: time }),
+            4 => Some(State::DeadLettered { at: time, reason, since: last }),
+            FORGOTTEN => None,
+            other => return Err(Fault::incompatible(format!("a record is in state {other}, which is unknown"))),
+        };
+        let fingerprint = Fingerprint(uuid(row, 8)?);
+        let trouble = trouble(row, 10, 11)?.map(Box::new);
+        let (attempt, crashes) = (count(row, 6)?, count(row, 7)?);
+        let record = state.map(|state| Record {
+            state,
+            fingerprint,
+            fence: last,
+            attempt,
+            crashes,
+            // Neither is asked of a record that is only looked at.
+            token: 0,
+            first: time,
+            trouble,
+        });
+        Ok(Self { id: id(row)?, now: moment(2)?, record })
+    }
+}
+
+/// What a claim that was not granted finds.
+pub(crate) fn not_granted(request: &ClaimRequest, seen: Option<&Seen>) -> Claim {
+    let Some((now, record)) = seen.and_then(|seen| seen.record.as_ref().map(|record| (seen.now, record))) else {
+        // It was there, and is gone.
+        return Claim::Held { wait: SOON };
+    };
+    if !record.fingerprint.agrees(request.fingerprint) {
+        return Claim::Conflict;
+    }
+    // What has become free since was not when it was asked.
+    let wait = |until: Moment| if until > now { until.since(now) } else { SOON };
+    match record.state {
+        State::Processed { at } => Claim::Processed { ago: now.since(at) },
+        State::DeadLettered { at, .. } => Claim::DeadLettered { ago: now.since(at) },
+        State::Claimed { until } | State::Doomed { until, .. } => Claim::Held { wait: wait(until) },
+        State::Waiting { until } => Claim::NotYet { wait: wait(until) },
+    }
+}
+
+/// What an outcome that was not written finds; `None` where it should have been written: something changed meanwhile.
+pub(crate) fn not_recorded(held: &Lease, outcome: &Outcome, seen: Option<&Seen>) -> Option<Recorded> {
+    let Some(record) = seen.and_then(|seen| seen.record.as_ref()) else {
+        // There is nothing to write of what failed; the rest would have been written anew.
+        return matches!(outcome, Outcome::Failed { .. }).then_some(Recorded::Vanished);
+    };
+    if record.fence != held.fence {
+        return Some(Recorded::Fenced);
+    }
+    let (is, wanted) = (record.status(), target(outcome));
+    match is {
+        Status::Claimed if !matches!(outcome, Outcome::DeadLettered) => None,
+        Status::Doomed if matches!(outcome, Outcome::DeadLettered) => None,
+        Status::DeadLettered if matches!(outcome, Outcome::Doomed { .. }) => Some(Recorded::AlreadyDone),
+        _ if state_number(is) == wanted => Some(Recorded::AlreadyDone),
+        _ => Some(Recorded::Fenced),
+    }
+}

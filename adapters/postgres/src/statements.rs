@@ -1,0 +1,289 @@
+//! The messages that go to the server: SQL of `sql/`, the schema's name and the values of a batch in it.
+
+use std::time::Duration;
+
+use hapax::{ClaimRequest, ConsumerId, EventKey, Lease, Outcome, Status, Trouble};
+
+use crate::schema::SCHEMA_VERSION;
+use crate::template::{Schema, Template, list, number, text, uuid};
+
+/// How a record is found.
+pub(crate) type Id = (EventKey, ConsumerId);
+
+/// Where the rows of a batch's own statement are in its replies: behind the isolation level and the prelude.
+pub(crate) const PRELUDE: usize = 1;
+pub(crate) const ROWS: usize = 2;
+
+/// Durations and instants are cut to this many microseconds, some 3,000 years, so that no sum overflows.
+const MICROS_MAX: i64 = 100_000_000_000_000_000;
+
+/// The number of a status in the column `state`.
+pub(crate) const fn state_number(status: Status) -> i16 {
+    match status {
+        Status::Claimed => 0,
+        Status::Waiting => 1,
+        Status::Doomed => 2,
+        Status::Processed => 3,
+        Status::DeadLettered => 4,
+    }
+}
+
+/// Forgotten by an operator: as if there were no record, but its fence is remembered.
+pub(crate) const FORGOTTEN: i16 = 5;
+
+/// The state to which an outcome leads.
+pub(crate) fn target(outcome: &Outcome) -> i16 {
+    state_number(match outcome {
+        Outcome::Processed => Status::Processed,
+        Outcome::Failed { .. } => Status::Waiting,
+        Outcome::Doomed { .. } => Status::Doomed,
+        Outcome::DeadLettered => Status::DeadLettered,
+    })
+}
+
+pub(crate) fn micros(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(MICROS_MAX).min(MICROS_MAX)
+}
+
+/// Where a batch is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Within {
+    /// A transaction of its own, as long as the message.
+    Message,
+    /// The transaction of a handler that bears this mark.
+    Transaction(u64),
+}
+
+/// Every message of one store.
+#[derive(Debug)]
+pub(crate) struct Statements {
+    prelude: Template,
+    claim: Template,
+    renew: Template,
+    processed: Template,
+    record: Template,
+    anew: Template,
+    read: Template,
+    locked: Template,
+    open: Template,
+    transaction: Template,
+    sweep: Template,
+    lock_timeout: i64,
+    statement_timeout: i64,
+}
+
+impl Statements {
+    pub(crate) fn new(schema: &Schema, lock_timeout: Duration, statement_timeout: Duration) -> Self {
+        let (schema, version) = (schema.quoted(), SCHEMA_VERSION.to_string());
+        let (frame, items) = (include_str!("../sql/frame.sql"), include_str!("../sql/items.sql"));
+        let fresh = include_str!("../sql/fresh.sql");
+        let whole = |sql| {
+            let constant = [("frame", frame), ("items", items), ("fresh", fresh), ("schema", &*schema), ("version", &*version)];
+            Template::new(sql, &constant)
+        };
+        Self {
+            prelude: whole(include_str!("../sql/prelude.sql")),
+            claim: whole(include_str!("../sql/claim.sql")),
+            renew: whole(include_str!("../sql/renew.sql")),
+            processed: whole(include_str!("../sql/processed.sql")),
+            record: whole(include_str!("../sql/record.sql")),
+            anew: whole(include_str!("../sql/anew.sql")),
+            read: whole(include_str!("../sql/read.sql")),
+            locked: whole(include_str!("../sql/locked.sql")),
+            open: whole(include_str!("../sql/open.sql")),
+            transaction: whole(include_str!("../sql/transaction.sql")),
+            sweep: whole(include_str!("../sql/sweep.sql")),
+            // Zero would mean for ever.
+            lock_timeout: (micros(lock_timeout) / 1_000).max(1),
+            statement_timeout: (micros(statement_timeout) / 1_000).max(1),
+        }
+    }
+
+    /// Asks for `batch`, which is in the order of its ids.
+    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration) -> String {
+        let ids: Vec<Id> = batch.iter().map(|request| (request.key, request.consumer)).collect();
+        let mut out = self.begun(&ids, Within::Message, 256 + batch.len() * 120);
+        self.claim.write(&mut out, |hole, out| match hole {
+            "fingerprints" => list(out, batch, |out, request| uuid(out, request.fingerprint.0)),
+            "tokens" => list(out, batch, |out, request| uuid(out, request.token.to_be_bytes())),
+            "reopens" => list(out, batch, |out, request| match request.reopen {
+                // Beyond what a fence can be, no fence is meant.
+                Some(fence) => number(out, i64::try_from(fence.get()).unwrap_or(i64::MAX)),
+                None => out.push_str("NULL"),
+            }),
+            "lease" => number(out, micros(lease)),
+            hole => of_ids(hole, out, &ids),
+        });
+        out
+    }
+
+    pub(crate) fn renew(&self, leases: &[&Lease], lease: Duration) -> String {
+        let ids: Vec<Id> = leases.iter().map(|held| (held.key, held.consumer)).collect();
+        let mut out = self.begun(&ids, Within::Message, 256 + leases.len() * 64);
+        self.renew.write(&mut out, |hole, out| match hole {
+            "fences" => list(out, leases, |out, held| number(out, fence(held))),
+            "lease" => number(out, micros(lease)),
+            hole => of_ids(hole, out, &ids),
+        });
+        out
+    }
+
+    /// Records `batch`, which is in the order of its ids.
+    pub(crate) fn record(&self, batch: &[&(Lease, Outcome)], within: Within) -> String {
+        let statement = match batch.iter().all(|(_, outcome)| matches!(outcome, Outcome::Processed)) {
+            true => &self.processed,
+            false => &self.record,
+        };
+        self.outcomes(statement, batch, within)
+    }
+
+    /// Writes anew what [`record`](Self::record) did not find, and reads the rest.
+    pub(crate) fn record_anew(&self, batch: &[&(Lease, Outcome)], within: Within) -> String {
+        let ids: Vec<Id> = batch.iter().map(|(held, _)| (held.key, held.consumer)).collect();
+        let mut out = self.outcomes(&self.anew, batch, within);
+        out.push(';');
+        self.read.write(&mut out, |hole, out| of_ids(hole, out, &ids));
+        out
+    }
+
+    /// Reads the records of `ids`.
+    pub(crate) fn read(&self, ids: &[Id]) -> String {
+        let mut out = self.begun(ids, Within::Message, 128 + ids.len() * 40);
+        self.read.write(&mut out, |hole, out| of_ids(hole, out, ids));
+        out
+    }
+
+    /// Asks which records of `ids` are locked.
+    pub(crate) fn locked(&self, ids: &[Id]) -> String {
+        let mut out = self.begun(ids, Within::Message, 256 + ids.len() * 80);
+        self.locked.write(&mut out, |hole, out| of_ids(hole, out, ids));
+        out
+    }
+
+    /// Registers a consumer; its number is the only row of the last statement.
+    pub(crate) fn open(&self, consumer: &str, retention: Duration) -> String {
+        let mut out = self.begun(&[], Within::Message, 512);
+        self.open.write(&mut out, |hole, out| match hole {
+            "name" => text(out, consumer),
+            _ => number(out, micros(retention)),
+        });
+        out
+    }
+
+    /// Begins a handler's transaction.
+    pub(crate) fn begin(&self, mark: u64) -> String {
+        let mut out = String::new();
+        self.transaction.write(&mut out, |_, out| out.push_str(&mark.to_string()));
+        out
+    }
+
+    /// One step of the sweep over `pages` pages, which removes at most `limit` records.
+    pub(crate) fn sweep(&self, pages: u64, limit: usize) -> String {
+        let mut out = self.limits();
+        self.sweep.write(&mut out, |hole, out| match hole {
+            "limit" => number(out, i64::try_from(limit).unwrap_or(i64::MAX)),
+            _ => number(out, i64::try_from(pages).unwrap_or(i64::MAX)),
+        });
+        out
+    }
+
+    /// In front of statements that the planner may run as it likes.
+    pub(crate) fn limits(&self) -> String {
+        limits(self.lock_timeout, self.statement_timeout)
+    }
+
+    fn outcomes(&self, statement: &Template, batch: &[&(Lease, Outcome)], within: Within) -> String {
+        let ids: Vec<Id> = batch.iter().map(|(held, _)| (held.key, held.consumer)).collect();
+        let mut out = self.begun(&ids, within, 512 + batch.len() * 100);
+        statement.write(&mut out, |hole, out| match hole {
+            "fences" => list(out, batch, |out, (held, _)| number(out, fence(held))),
+            "attempts" => list(out, batch, |out, (held, _)| number(out, i64::from(held.attempt).min(i64::from(i32::MAX)))),
+            "states" => list(out, batch, |out, (_, outcome)| number(out, i64::from(target(outcome)))),
+            "afters" => list(out, batch, |out, (_, outcome)| match outcome {
+                Outcome::Failed { after, .. } => number(out, micros(*after)),
+                _ => out.push('0'),
+            }),
+            "uncounted" => list(out, batch, |out, (_, outcome)| {
+                number(out, i64::from(matches!(outcome, Outcome::Failed { counted: false, .. })));
+            }),
+            "reasons" => list(out, batch, |out, (_, outcome)| match outcome {
+                Outcome::Doomed { reason, .. } => out.push_str(reason.as_str()),
+                _ => out.push_str("NULL"),
+            }),
+            "trouble_ids" => list(out, batch, |out, (_, outcome)| trouble(out, outcome, |trouble| &trouble.id)),
+            "trouble_errors" => list(out, batch, |out, (_, outcome)| trouble(out, outcome, |trouble| &trouble.error)),
+            "guard" => {
+                if let Within::Transaction(mark) = within {
+                    out.push_str(&format!("AND current_setting('hapax.tx', true) = '{mark}'"));
+                }
+            }
+            hole => of_ids(hole, out, &ids),
+        });
+        out
+    }
+
+    /// When to ask again for what is locked.
+    pub(crate) fn lock_wait(&self) -> Duration {
+        Duration::from_millis(self.lock_timeout.unsigned_abs())
+    }
+
+    /// What stands in front of a batch.
+    fn begun(&self, ids: &[Id], within: Within, size: usize) -> String {
+        let mut out = String::with_capacity(2_048 + size + ids.len() * 40);
+        if within == Within::Message {
+            out.push_str("SET TRANSACTION ISOLATION LEVEL READ COMMITTED; ");
+        }
+        self.prelude.write(&mut out, |hole, out| match hole {
+            "lock_timeout" => number(out, self.lock_timeout),
+            "statement_timeout" => number(out, self.statement_timeout),
+            hole => of_ids(hole, out, ids),
+        });
+        out.push(' ');
+        out
+    }
+}
+
+/// Bounds a message in time, and asks whether its transaction is its own.
+pub(crate) fn limits(lock_timeout_ms: i64, statement_timeout_ms: i64) -> String {
+    format!(
+        "SELECT set_config('lock_timeout', '{lock_timeout_ms}', true), \
+         set_config('statement_timeout', '{statement_timeout_ms}', true), now() = statement_timestamp() AS is_own; "
+    )
+}
+
+fn of_ids(hole: &str, out: &mut String, ids: &[Id]) {
+    match hole {
+        "keys" => list(out, ids, |out, (key, _)| uuid(out, key.0)),
+        "consumers" => list(out, ids, |out, (_, consumer)| number(out, consumer_number(*consumer))),
+        "known" => list(out, distinct(ids), |out, consumer| number(out, consumer_number(consumer))),
+        "known_count" => number(out, distinct(ids).len() as i64),
+        hole => debug_assert!(false, "nothing for {hole}"),
+    }
+}
+
+/// The consumers of a batch, each once: nearly always one.
+pub(crate) fn distinct(ids: &[Id]) -> Vec<ConsumerId> {
+    let mut all = Vec::with_capacity(1);
+    for (_, consumer) in ids {
+        if !all.contains(consumer) {
+            all.push(*consumer);
+        }
+    }
+    all
+}
+
+/// Numbers are given from 1: one beyond PostgreSQL's integers is unknown, as 0 is.
+fn consumer_number(consumer: ConsumerId) -> i64 {
+    i64::from(i32::try_from(consumer.0).unwrap_or(0))
+}
+
+fn fence(held: &Lease) -> i64 {
+    i64::try_from(held.fence.get()).unwrap_or(i64::MAX)
+}
+
+fn trouble(out: &mut String, outcome: &Outcome, part: impl Fn(&Trouble) -> &str) {
+    match outcome {
+        Outcome::Failed { trouble, .. } | Outcome::Doomed { trouble, .. } => text(out, part(trouble)),
+        Outcome::Processed | Outcome::DeadLettered => out.push_str("NULL"),
+    }
+}
