@@ -21,6 +21,9 @@ use crate::state::{Shared, Take, settled, stale};
 use crate::topics::{self, Facts};
 use crate::waiting;
 
+/// How long `open` waits for the group to tell what this member has. A member beyond the number of partitions is told
+/// nothing, and an outage of the group's coordinator is no fault of settings: `receive` waits for both.
+const JOIN_MAX: Duration = Duration::from_secs(3);
 /// How long `close` waits for the last commit and the goodbye; beyond it they go on without it.
 const CLOSE_MAX: Duration = Duration::from_secs(15);
 
@@ -130,9 +133,21 @@ impl Broker for KafkaBroker {
         let settings = &self.settings;
         let facts = topics::check(&settings.properties, &settings.places, settings.declare.as_ref()).await?;
         let run = self.start(limits, facts)?;
+        let shared = Arc::clone(&run.shared);
         if let Some(other) = self.run().replace(run) {
             other.end();
         }
+        let joining = async {
+            loop {
+                let told = shared.arrivals.notified();
+                if shared.is_joined() {
+                    return;
+                }
+                told.await;
+            }
+        };
+        // Either way it is open.
+        let _ = timeout(JOIN_MAX, joining).await;
         Ok(())
     }
 

@@ -48,13 +48,7 @@ pub(crate) fn kind(code: RDKafkaErrorCode) -> ErrorKind {
 /// commit is made again under the new one.
 pub(crate) fn is_fenced(code: RDKafkaErrorCode) -> bool {
     use RDKafkaErrorCode as Code;
-    matches!(
-        code,
-        Code::UnknownMemberId
-            | Code::FencedInstanceId
-            | Code::FencedMemberEpoch
-            | Code::AssignmentLost
-    )
+    matches!(code, Code::UnknownMemberId | Code::FencedInstanceId | Code::FencedMemberEpoch | Code::AssignmentLost)
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@
 mod assignment;
 mod broker;
 mod client;
+mod committer;
 mod error;
 mod member;
 mod places;

@@ -1,4 +1,4 @@
-//! What librdkafka calls back with about the group: assignments, revocations, commits, statistics.
+//! What librdkafka calls back with about the group: assignments, revocations, statistics.
 //!
 //! All of it runs on the polling thread, inside `poll`. A revocation is only noted here and answered by that thread
 //! later: librdkafka waits for the answer, and until then the member goes on polling, so that draining a partition costs
@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::KafkaError;
 use rdkafka::statistics::Statistics;
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::client;
@@ -21,39 +21,21 @@ use crate::state::Shared;
 /// A partition by the number of its topic.
 pub(crate) type Spot = (usize, i32);
 
-/// The answer to a commit.
-#[derive(Debug)]
-pub(crate) struct Committed {
-    pub(crate) whole: KafkaResult<()>,
-    /// Each partition's own.
-    pub(crate) parts: Vec<(Spot, Offset, KafkaResult<()>)>,
-}
-
-/// What the callbacks leave for the thread.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    pub(crate) revoked: VecDeque<TopicPartitionList>,
-    pub(crate) committed: Option<Committed>,
-}
-
 /// The context of a member of the group.
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) shared: Arc<Shared>,
-    inbox: Mutex<Inbox>,
+    /// What is to be given back, for the thread to answer.
+    revoked: Mutex<VecDeque<TopicPartitionList>>,
 }
 
 impl Member {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, inbox: Mutex::default() }
+        Self { shared, revoked: Mutex::default() }
     }
 
     pub(crate) fn revoked(&self) -> Option<TopicPartitionList> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).revoked.pop_front()
-    }
-
-    pub(crate) fn committed(&self) -> Option<Committed> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).committed.take()
+        self.revoked.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
     pub(crate) fn spots(&self, list: &TopicPartitionList) -> Vec<Spot> {
@@ -82,7 +64,7 @@ impl ConsumerContext for Member {
             if self.shared.is_closing() {
                 unassign(consumer, list);
             } else {
-                self.inbox.lock().unwrap_or_else(PoisonError::into_inner).revoked.push_back(list.clone());
+                self.revoked.lock().unwrap_or_else(PoisonError::into_inner).push_back(list.clone());
             }
             return;
         }
@@ -99,16 +81,7 @@ impl ConsumerContext for Member {
         if let Err(error) = answered {
             tracing::warn!(%error, "an assignment could not be taken");
         }
-    }
-
-    fn commit_callback(&self, whole: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let places = &self.shared.places;
-        let part = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
-            let spot = (places.find(element.topic())?, element.partition());
-            Some((spot, element.offset(), element.error()))
-        };
-        let parts = offsets.elements().iter().filter_map(part).collect();
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner).committed = Some(Committed { whole, parts });
+        self.shared.arrivals.notify_waiters();
     }
 }
 

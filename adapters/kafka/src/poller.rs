@@ -1,8 +1,8 @@
 //! The polling thread: the only one that talks to the group.
 //!
 //! It polls without pause, so that membership never depends on handlers; it pauses partitions where enough is buffered;
-//! it commits, with one commit under way at a time, so that none overtakes another; and it answers revocations when what
-//! runs has ended, or `drain` has passed.
+//! it has commits made, one at a time, so that none overtakes another; and it answers revocations when what runs has
+//! ended, or `drain` has passed.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,15 +10,16 @@ use std::time::{Duration, SystemTime};
 use backon::{BackoffBuilder, ExponentialBackoff};
 use hapax::{Error, ErrorKind, Origin, redact};
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
 use rdkafka::message::{BorrowedMessage, Message as _};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::TopicPartitionList;
 use tokio::time::Instant;
 
 use crate::assignment::{Assignment, Entry};
+use crate::committer::{self, Committer, Offsets};
 use crate::error::{error, is_fenced};
-use crate::member::{Committed, Member, Spot, unassign};
+use crate::member::{Member, unassign};
 use crate::places::Kind;
 use crate::state::{Shared, drain_max};
 use crate::wire::{Home, Raw};
@@ -47,7 +48,6 @@ pub(crate) struct Task {
 /// Partitions that were revoked and are not yet given back.
 struct Revoking {
     list: TopicPartitionList,
-    spots: Vec<Spot>,
     sessions: Vec<u32>,
     drain_until: Instant,
     /// Set once it has drained.
@@ -95,10 +95,10 @@ fn rebuilds() -> ExponentialBackoff {
 struct Poller<'a> {
     shared: &'a Arc<Shared>,
     task: &'a Task,
-    consumer: BaseConsumer<Member>,
+    /// Goes before the consumer, which it uses.
+    committer: Committer,
+    consumer: Arc<BaseConsumer<Member>>,
     revoking: Option<Revoking>,
-    /// Whether a commit is under way.
-    committing: bool,
     commit_at: Instant,
     /// The group refused the last commit because this member is no longer in it.
     fenced: bool,
@@ -111,7 +111,11 @@ impl<'a> Poller<'a> {
             task.config.create_with_context(Member::new(Arc::clone(shared))).map_err(refused)?;
         let topics: Vec<&str> = shared.places.subscribed.iter().map(|place| &*place.name).collect();
         consumer.subscribe(&topics).map_err(refused)?;
-        Ok(Self { shared, task, consumer, revoking: None, committing: false, commit_at: Instant::now(), fenced: false })
+        let consumer = Arc::new(consumer);
+        let committer = Committer::start(Arc::clone(&consumer)).map_err(|refused| {
+            Error::new(ErrorKind::Unavailable, "receive").because("no thread can be started").with_source(refused)
+        })?;
+        Ok(Self { shared, task, committer, consumer, revoking: None, commit_at: Instant::now(), fenced: false })
     }
 
     /// Until the run is closed, or what ended this member for good.
@@ -154,8 +158,8 @@ impl<'a> Poller<'a> {
         if !entries.is_empty() {
             self.shared.arrive(entries);
         }
-        if let Some(answer) = self.consumer.context().committed() {
-            self.committed(&answer);
+        if let Some((offsets, answer)) = self.committer.answer() {
+            self.committed(&offsets, answer);
         }
         fatal
     }
@@ -164,8 +168,12 @@ impl<'a> Poller<'a> {
         let places = &self.shared.places;
         let place = places.find(record.topic())?;
         let raw = Raw::copied(record);
-        let stands =
-            Home { topic: Arc::clone(&places.subscribed[place].name), partition: record.partition(), offset: record.offset(), hops: 0 };
+        let stands = Home {
+            topic: Arc::clone(&places.subscribed[place].name),
+            partition: record.partition(),
+            offset: record.offset(),
+            hops: 0,
+        };
         let (home, due) = match places.subscribed[place].kind {
             Kind::Main => (stands, None),
             Kind::Retry { main, step } => {
@@ -263,13 +271,13 @@ impl<'a> Poller<'a> {
         }
         let commit_until = *revoking.commit_until.get_or_insert(now + LAST_COMMIT_MAX);
         let waits = !lost && !self.fenced && now < commit_until;
-        if waits && (self.committing || self.commit(|session| sessions.contains(&session))) {
+        if waits && (self.committer.is_under_way() || self.commit(|session| sessions.contains(&session))) {
             return;
         }
         self.fenced = false;
         if let Some(revoking) = self.revoking.take() {
             self.end(&revoking.sessions);
-            tracing::debug!(partitions = revoking.spots.len(), lost, drained, "given back");
+            tracing::debug!(partitions = revoking.list.count(), lost, drained, "given back");
             unassign(&self.consumer, &revoking.list);
         }
     }
@@ -287,7 +295,7 @@ impl<'a> Poller<'a> {
         }
         drop(state);
         let drain_until = Instant::now() + drain;
-        self.revoking = Some(Revoking { list, spots, sessions, drain_until, commit_until: None });
+        self.revoking = Some(Revoking { list, sessions, drain_until, commit_until: None });
     }
 
     fn end(&self, sessions: &[u32]) {
@@ -305,7 +313,7 @@ impl<'a> Poller<'a> {
     }
 
     fn commit_when_due(&mut self) {
-        if self.committing || Instant::now() < self.commit_at {
+        if self.committer.is_under_way() || Instant::now() < self.commit_at {
             return;
         }
         self.commit(|_| true);
@@ -318,52 +326,36 @@ impl<'a> Poller<'a> {
             return false;
         }
         self.commit_at = Instant::now() + self.task.commit_interval;
-        let mut list = TopicPartitionList::with_capacity(due.len());
-        for (place, partition, offset) in due {
-            let name = &self.shared.places.subscribed[place].name;
-            if let Err(error) = list.add_partition_offset(name, partition, Offset::Offset(offset)) {
-                tracing::warn!(%error, "an offset cannot be committed");
-            }
+        match committer::list(&due, |place| &self.shared.places.subscribed[place].name) {
+            Ok(list) => self.committer.begin(list, due),
+            Err(error) => tracing::warn!(%error, "offsets cannot be committed"),
         }
-        match self.consumer.commit(&list, CommitMode::Async) {
-            Ok(()) => self.committing = true,
-            Err(error) => tracing::debug!(%error, "a commit could not begin"),
-        }
-        self.committing
+        self.committer.is_under_way()
     }
 
     /// The answer to the commit under way.
-    fn committed(&mut self, answer: &Committed) {
-        self.committing = false;
-        let mut fenced = answer.whole.as_ref().err().and_then(KafkaError::rdkafka_error_code).is_some_and(is_fenced);
-        let mut state = self.shared.lock();
-        for ((place, partition), offset, own) in &answer.parts {
-            match (own, offset, &answer.whole) {
-                (Ok(()), Offset::Offset(offset), Ok(())) => {
-                    if let Some(assignment) = state.at(*place, *partition) {
-                        assignment.tracker.committed(*offset);
-                    }
+    fn committed(&mut self, offsets: &Offsets, answer: KafkaResult<()>) {
+        let Err(refused) = answer else {
+            let mut state = self.shared.lock();
+            for ((place, partition), offset) in offsets {
+                if let Some(assignment) = state.at(*place, *partition) {
+                    assignment.tracker.committed(*offset);
                 }
-                (Err(refused), ..) => {
-                    fenced |= refused.rdkafka_error_code().is_some_and(is_fenced);
-                }
-                _ => {}
             }
-        }
-        drop(state);
-        self.fenced = fenced;
-        if let Err(refused) = &answer.whole {
-            // What was not committed is so with the next, or found processed by whoever gets it.
-            tracing::debug!(error = %refused, fenced, "a commit was refused");
-            self.commit_at = Instant::now() + self.task.commit_interval.max(Duration::from_millis(100));
-        }
+            self.fenced = false;
+            return;
+        };
+        // What was not committed is so with the next, or found processed by whoever gets it.
+        self.fenced = refused.rdkafka_error_code().is_some_and(is_fenced);
+        tracing::debug!(error = %refused, fenced = self.fenced, "a commit was refused");
+        self.commit_at = Instant::now() + self.task.commit_interval.max(Duration::from_millis(100));
     }
 
     /// The last commit, and goodbye. The sessions have ended.
     fn finish(&mut self) {
         let until = Instant::now() + LAST_COMMIT_MAX;
         while Instant::now() < until {
-            if self.fenced || (!self.committing && !self.commit(|_| true)) {
+            if self.fenced || (!self.committer.is_under_way() && !self.commit(|_| true)) {
                 break;
             }
             // What is fetched now belongs to nobody.

@@ -46,7 +46,10 @@ const OWNED: [(&str, &str); 22] = [
     ("auto.commit.enable", "leave it out: only what is done is committed"),
     ("auto.commit.interval.ms", "set .commit_interval(..)"),
     ("enable.auto.offset.store", "leave it out: only what is done is committed"),
-    ("allow.auto.create.topics", "call .declare(..): topics are created with a stated number of partitions or not at all"),
+    (
+        "allow.auto.create.topics",
+        "call .declare(..): topics are created with a stated number of partitions or not at all",
+    ),
     ("session.timeout.ms", "set .session_timeout(..)"),
     ("heartbeat.interval.ms", "leave it out: it follows from .session_timeout(..)"),
     ("acks", "leave it out: what is sent is done when all in-sync replicas have it"),
@@ -64,7 +67,8 @@ const OWNED: [(&str, &str); 22] = [
 ];
 
 /// Under `group.protocol=consumer` the broker decides these (KIP-848).
-const DECIDED_BY_THE_BROKER: [&str; 3] = ["partition.assignment.strategy", "session.timeout.ms", "heartbeat.interval.ms"];
+const DECIDED_BY_THE_BROKER: [&str; 3] =
+    ["partition.assignment.strategy", "session.timeout.ms", "heartbeat.interval.ms"];
 
 /// Beginnings of names that mean something to a consumer only; librdkafka warns about them in others.
 const CONSUMER_ONLY: [&str; 15] = [

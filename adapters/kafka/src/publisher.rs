@@ -103,7 +103,8 @@ impl KafkaPublisher {
     fn record(&self, outgoing: &Outgoing) -> Result<Sending> {
         let rejected = |why: &'static str| Error::new(ErrorKind::Rejected, "publish").because(why);
         let topic = outgoing.to.as_deref().or(self.topic.as_deref());
-        let topic = topic.ok_or_else(|| rejected("the message names no topic, and the publisher has no default one"))?;
+        let topic =
+            topic.ok_or_else(|| rejected("the message names no topic, and the publisher has no default one"))?;
         check_topic("topic", topic).map_err(|_| rejected("the message names what cannot be a topic"))?;
         let (key, value, headers) = wire::record(&outgoing.message, self.structured)?;
         Ok(Sending { topic: topic.into(), key, value: Some(value), headers })

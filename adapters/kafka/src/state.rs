@@ -111,6 +111,11 @@ impl Shared {
         self.arrivals.notify_waiters();
     }
 
+    /// The group has told what this member has, or trouble that a receiver is to hear.
+    pub(crate) fn is_joined(&self) -> bool {
+        let state = self.lock();
+        state.joined || state.trouble.is_some() || state.phase == Phase::Closing
+    }
 
     /// Receivers are told once what is wrong.
     pub(crate) fn tell(&self, trouble: Error) {
@@ -275,11 +280,11 @@ impl State {
         }
     }
 
-    /// What is to be committed: place, partition, offset.
-    pub(crate) fn to_commit(&self, only: impl Fn(u32) -> bool) -> Vec<(usize, i32, i64)> {
+    /// What is to be committed.
+    pub(crate) fn to_commit(&self, only: impl Fn(u32) -> bool) -> Vec<((usize, i32), i64)> {
         let due = |(session, assignment): (&u32, &Assignment)| {
             let offset = assignment.tracker.to_commit().filter(|_| only(*session))?;
-            Some((assignment.place, assignment.partition, offset))
+            Some(((assignment.place, assignment.partition), offset))
         };
         self.assigned.iter().filter_map(due).collect()
     }
@@ -287,7 +292,8 @@ impl State {
 
 /// The receipt's session is over, or it was settled before.
 pub(crate) fn stale() -> Error {
-    Error::new(ErrorKind::Stale, "settle").because("the delivery was settled before, or its partition is no longer ours")
+    Error::new(ErrorKind::Stale, "settle")
+        .because("the delivery was settled before, or its partition is no longer ours")
 }
 
 /// What to answer when a delivery was or was not in hand.

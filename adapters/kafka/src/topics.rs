@@ -40,10 +40,8 @@ struct Shape {
 
 /// Checks the topics, creates what is missing if that was asked for, and says what they promise.
 pub(crate) async fn check(properties: &Properties, places: &Arc<Places>, declare: Option<&Declare>) -> Result<Facts> {
-    let admin: AdminClient<Logging> = properties
-        .config(Client::Admin)
-        .create_with_context(Logging)
-        .map_err(|refused| error("open", refused))?;
+    let admin: AdminClient<Logging> =
+        properties.config(Client::Admin).create_with_context(Logging).map_err(|refused| error("open", refused))?;
     let admin = Arc::new(admin);
     let looked = look(&admin, properties, places, declare).await;
     // Joins a thread.
@@ -96,7 +94,8 @@ async fn shapes(admin: &Arc<AdminClient<Logging>>, places: &Arc<Places>) -> Resu
     let asked = tokio::task::spawn_blocking(move || {
         let mut shapes = BTreeMap::new();
         for name in places.subscribed.iter().map(|place| &place.name).chain(&places.dead) {
-            let metadata = admin.inner().fetch_metadata(Some(name), REQUEST).map_err(|refused| error("open", refused))?;
+            let metadata =
+                admin.inner().fetch_metadata(Some(name), REQUEST).map_err(|refused| error("open", refused))?;
             for topic in metadata.topics() {
                 match topic.error() {
                     None if !topic.partitions().is_empty() => {
@@ -104,8 +103,9 @@ async fn shapes(admin: &Arc<AdminClient<Logging>>, places: &Arc<Places>) -> Resu
                         shapes.insert(Arc::clone(name), Shape { replicas: replicas.unwrap_or(0) });
                     }
                     Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED) => {
-                        return Err(Error::new(ErrorKind::Configuration, "open")
-                            .because(format!("topic `{name}` may not be described: grant READ on it (docs/kafka.md)")));
+                        return Err(Error::new(ErrorKind::Configuration, "open").because(format!(
+                            "topic `{name}` may not be described: grant READ on it (docs/kafka.md)"
+                        )));
                     }
                     _ => {}
                 }

@@ -245,9 +245,12 @@ mod tests {
             }
         }
         let is_main = |topic: &str| topic == "orders";
-        for (topic, partition, offset) in
-            [("payments", "0", "1"), ("orders", "-1", "1"), ("orders", "0", "-9223372036854775808"), ("orders", "x", "1")]
-        {
+        for (topic, partition, offset) in [
+            ("payments", "0", "1"),
+            ("orders", "-1", "1"),
+            ("orders", "0", "-9223372036854775808"),
+            ("orders", "x", "1"),
+        ] {
             let raw =
                 Raw::of(None, None, &[(RETRY_TOPIC, topic), (RETRY_PARTITION, partition), (RETRY_OFFSET, offset)]);
             assert_eq!(raw.home(is_main), None, "{topic} {partition} {offset}");
@@ -308,7 +311,8 @@ mod tests {
         assert_eq!(key(&Raw::of(Some(b""), Some(b"x"), &[])), None);
         assert_eq!(key(&Raw::of(None, Some(b"x"), &[])), None);
         assert_eq!(key(&Raw::of(Some(&[255]), Some(b"x"), &[])), None);
-        let own = [("ce_specversion", "1.0"), ("ce_id", "1"), ("ce_source", "s"), ("ce_type", "t"), ("ce_partitionkey", "p")];
+        let own =
+            [("ce_specversion", "1.0"), ("ce_id", "1"), ("ce_source", "s"), ("ce_type", "t"), ("ce_partitionkey", "p")];
         assert_eq!(key(&Raw::of(Some(b"k"), Some(b"x"), &own)).as_deref(), Some("p"));
     }
 }

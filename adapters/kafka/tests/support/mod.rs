@@ -22,20 +22,20 @@ use hapax_kafka::{Declare, KafkaBroker, KafkaBrokerBuilder, KafkaPublisher};
 use hapax_testkit::servers::Server;
 use tokio::time::timeout;
 
-pub const WANT: Want = Want { events: 64, bytes: 1 << 20 };
+pub(crate) const WANT: Want = Want { events: 64, bytes: 1 << 20 };
 /// How long anything may take before a test fails.
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
 /// A name that no other test, nor an earlier run, has.
-pub fn unique(what: &str) -> String {
+pub(crate) fn unique(what: &str) -> String {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
     let number = NAMES.fetch_add(1, Ordering::Relaxed);
     format!("{what}-{}-{}-{number}", since.as_millis(), std::process::id())
 }
 
-pub fn limits() -> Limits {
+pub(crate) fn limits() -> Limits {
     Limits {
         events: 1024,
         bytes: 16 << 20,
@@ -46,28 +46,35 @@ pub fn limits() -> Limits {
 }
 
 /// A topic and a group on it.
-pub struct Topic {
-    pub url: SecretUrl,
-    pub topic: String,
-    pub group: String,
-    pub partitions: u16,
-    pub properties: Vec<(&'static str, &'static str)>,
-    pub step: Duration,
+pub(crate) struct Topic {
+    pub(crate) url: SecretUrl,
+    pub(crate) topic: String,
+    pub(crate) group: String,
+    pub(crate) partitions: u16,
+    pub(crate) properties: Vec<(&'static str, &'static str)>,
+    pub(crate) step: Duration,
 }
 
 impl Topic {
-    pub fn new(partitions: u16) -> Self {
+    pub(crate) fn new(partitions: u16) -> Self {
         let url = Server::Kafka.url().parse().expect("the address of Kafka is a url");
         let properties = Vec::new();
-        Self { url, topic: unique("orders"), group: "billing".to_owned(), partitions, properties, step: Duration::from_secs(5) }
+        Self {
+            url,
+            topic: unique("orders"),
+            group: unique("billing"),
+            partitions,
+            properties,
+            step: Duration::from_secs(5),
+        }
     }
 
-    pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
+    pub(crate) fn with(mut self, name: &'static str, value: &'static str) -> Self {
         self.properties.push((name, value));
         self
     }
 
-    pub fn builder(&self) -> KafkaBrokerBuilder {
+    pub(crate) fn builder(&self) -> KafkaBrokerBuilder {
         let builder = KafkaBroker::builder(self.url.clone(), self.group.as_str(), [self.topic.as_str()])
             .retry_steps([self.step])
             .declare(Declare::partitions(self.partitions))
@@ -75,40 +82,40 @@ impl Topic {
         self.properties.iter().fold(builder, |builder, (name, value)| builder.property(*name, *value))
     }
 
-    pub fn broker(&self) -> KafkaBroker {
+    pub(crate) fn broker(&self) -> KafkaBroker {
         self.builder().build().expect("good settings")
     }
 
-    pub async fn opened(&self) -> Arc<KafkaBroker> {
+    pub(crate) async fn opened(&self) -> Arc<KafkaBroker> {
         let broker = Arc::new(self.broker());
         broker.open(limits()).await.expect("the broker opens");
         broker
     }
 
-    pub fn dead(&self) -> String {
+    pub(crate) fn dead(&self) -> String {
         format!("{}.{}.dead", self.topic, self.group)
     }
 
-    pub fn retry(&self) -> String {
+    pub(crate) fn retry(&self) -> String {
         format!("{}.{}.retry.{}s", self.topic, self.group, self.step.as_secs())
     }
 
-    pub fn servers(&self) -> String {
+    pub(crate) fn servers(&self) -> String {
         self.url.expose().trim_start_matches("kafka://").to_owned()
     }
 
-    pub fn config(&self) -> ClientConfig {
+    pub(crate) fn config(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", self.servers());
         config
     }
 
-    pub fn publisher(&self) -> KafkaPublisher {
+    pub(crate) fn publisher(&self) -> KafkaPublisher {
         KafkaPublisher::builder(self.url.clone()).topic(self.topic.as_str()).build().expect("good settings")
     }
 
     /// The topic, before any member asks for it.
-    pub async fn created(self) -> Self {
+    pub(crate) async fn created(self) -> Self {
         let admin: AdminClient<DefaultClientContext> = self.config().create().expect("an admin client");
         let new = NewTopic::new(&self.topic, i32::from(self.partitions), TopicReplication::Fixed(1));
         let created = admin.create_topics([&new], &AdminOptions::new()).await.expect("the server answers");
@@ -116,18 +123,25 @@ impl Topic {
         self
     }
 
-    pub async fn publish(&self, ids: impl IntoIterator<Item = usize>) {
+    pub(crate) async fn publish(&self, ids: impl IntoIterator<Item = usize>) {
         self.publish_all(ids.into_iter().map(event)).await;
     }
 
-    pub async fn publish_all(&self, messages: impl IntoIterator<Item = Message>) {
+    pub(crate) async fn publish_all(&self, messages: impl IntoIterator<Item = Message>) {
         for sent in self.publisher().publish(messages.into_iter().map(Outgoing::new).collect()).await {
             sent.expect("the broker takes a message");
         }
     }
 
     /// Sends a record as it is, to a topic and partition.
-    pub async fn raw(&self, topic: &str, partition: Option<i32>, key: Option<&[u8]>, value: Option<&[u8]>, headers: OwnedHeaders) {
+    pub(crate) async fn raw(
+        &self,
+        topic: &str,
+        partition: Option<i32>,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: OwnedHeaders,
+    ) {
         let producer: FutureProducer = self.config().create().expect("a producer");
         let mut record = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
         (record.partition, record.key, record.payload) = (partition, key, value);
@@ -135,14 +149,14 @@ impl Topic {
     }
 
     /// Everything that is in a topic.
-    pub async fn records(&self, topic: &str) -> Vec<OwnedMessage> {
+    pub(crate) async fn records(&self, topic: &str) -> Vec<OwnedMessage> {
         let (config, topic) = (self.config(), topic.to_owned());
         let reading = tokio::task::spawn_blocking(move || records(config, &topic));
         reading.await.expect("reading does not panic")
     }
 
     /// What the group has committed for the partitions of a topic: offsets by partition.
-    pub async fn committed(&self, topic: &str) -> Vec<Option<i64>> {
+    pub(crate) async fn committed(&self, topic: &str) -> Vec<Option<i64>> {
         let mut config = self.config();
         config.set("group.id", &self.group);
         let (topic, partitions) = (topic.to_owned(), i32::from(self.partitions));
@@ -151,17 +165,20 @@ impl Topic {
             let mut list = TopicPartitionList::new();
             list.add_partition_range(&topic, 0, partitions - 1);
             let told = consumer.committed_offsets(list, SOON).expect("the group's offsets");
-            let offset = |element: &hapax_kafka::rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset() {
-                Offset::Offset(offset) => Some(offset),
-                _ => None,
-            };
+            let offset =
+                |element: &hapax_kafka::rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element
+                    .offset()
+                {
+                    Offset::Offset(offset) => Some(offset),
+                    _ => None,
+                };
             told.elements().iter().map(offset).collect()
         });
         asking.await.expect("asking does not panic")
     }
 
     /// Waits until the group has committed this much of the topic, all partitions together.
-    pub async fn until_committed(&self, sum: i64) {
+    pub(crate) async fn until_committed(&self, sum: i64) {
         let waiting = async {
             while self.committed(&self.topic).await.into_iter().flatten().sum::<i64>() != sum {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -200,7 +217,7 @@ fn records(config: ClientConfig, topic: &str) -> Vec<OwnedMessage> {
 }
 
 /// A stored record with hapax' own headers among the headers.
-pub fn as_stored(record: &OwnedMessage) -> Message {
+pub(crate) fn as_stored(record: &OwnedMessage) -> Message {
     let mut headers = Headers::new();
     for header in record.headers().into_iter().flat_map(|headers| headers.iter()) {
         headers.push(header.key, Bytes::copy_from_slice(header.value.unwrap_or_default()));
@@ -218,24 +235,24 @@ pub fn as_stored(record: &OwnedMessage) -> Message {
     message
 }
 
-pub fn event(id: usize) -> Message {
+pub(crate) fn event(id: usize) -> Message {
     Message::event("https://kafka.example", id.to_string(), "com.example.tested")
         .with_data("text/plain", format!("data of {id}"))
         .with_partition_key(format!("key {id}"))
 }
 
-pub fn id(delivery: &Delivery) -> usize {
+pub(crate) fn id(delivery: &Delivery) -> usize {
     delivery.message.attributes.id.as_deref().and_then(|id| id.parse().ok()).expect("a number as the id")
 }
 
-pub fn ids(deliveries: &[Delivery]) -> Vec<usize> {
+pub(crate) fn ids(deliveries: &[Delivery]) -> Vec<usize> {
     let mut ids: Vec<usize> = deliveries.iter().map(id).collect();
     ids.sort_unstable();
     ids
 }
 
 /// Receives until there are `count`.
-pub async fn receive(broker: &KafkaBroker, count: usize) -> Vec<Delivery> {
+pub(crate) async fn receive(broker: &KafkaBroker, count: usize) -> Vec<Delivery> {
     let mut all = Vec::new();
     while all.len() < count {
         let more = timeout(SOON, broker.receive(WANT)).await;
@@ -249,17 +266,17 @@ pub async fn receive(broker: &KafkaBroker, count: usize) -> Vec<Delivery> {
     all
 }
 
-pub async fn silence(broker: &KafkaBroker, how_long: Duration) {
+pub(crate) async fn silence(broker: &KafkaBroker, how_long: Duration) {
     if let Ok(Ok(arrived)) = timeout(how_long, broker.receive(WANT)).await {
         panic!("nothing should arrive, but {:?} did", ids(&arrived));
     }
 }
 
-pub async fn settle(broker: &KafkaBroker, delivery: &Delivery, settlement: Settlement) {
+pub(crate) async fn settle(broker: &KafkaBroker, delivery: &Delivery, settlement: Settlement) {
     broker.settle(&[(delivery.receipt, settlement)]).await.remove(0).expect("a live receipt is settled");
 }
 
-pub async fn ack(broker: &KafkaBroker, deliveries: &[Delivery]) {
+pub(crate) async fn ack(broker: &KafkaBroker, deliveries: &[Delivery]) {
     let batch: Vec<_> = deliveries.iter().map(|delivery| (delivery.receipt, Settlement::Ack)).collect();
     for answer in broker.settle(&batch).await {
         answer.expect("a live receipt is settled");
@@ -267,7 +284,7 @@ pub async fn ack(broker: &KafkaBroker, deliveries: &[Delivery]) {
 }
 
 /// Waits for something that another thread does.
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let waiting = async {
         while !holds() {
             tokio::time::sleep(Duration::from_millis(5)).await;
