@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use hapax::cloudevents::{Convention, decode};
 use hapax::{
-    Broker, DeadLetter, Delivery, Headers, Limits, Message, MessageLimits, RESERVED_PREFIX, Reason, Receipt, Result,
-    SecretUrl, Settlement, Want,
+    Broker, DeadLetter, Delivery, Headers, Limits, Message, MessageLimits, Outgoing, Publisher, RESERVED_PREFIX,
+    Reason, Receipt, Result, SecretUrl, Settlement, Want,
 };
 use hapax_rabbitmq::lapin::message::BasicGetMessage;
 use hapax_rabbitmq::lapin::options::{
@@ -22,7 +22,8 @@ use hapax_rabbitmq::lapin::options::{
 };
 use hapax_rabbitmq::lapin::types::{AMQPValue, FieldTable, ShortString};
 use hapax_rabbitmq::lapin::{self, BasicProperties, Channel, Connection, ConnectionProperties};
-use hapax_rabbitmq::{RabbitBroker, RabbitBrokerBuilder};
+use hapax_rabbitmq::{RabbitBroker, RabbitBrokerBuilder, RabbitPublisher};
+use hapax_testkit::proxy::Proxy;
 use hapax_testkit::servers::Server;
 use tokio::time::timeout;
 
@@ -37,6 +38,8 @@ pub(crate) const QUIET: Duration = Duration::from_millis(700);
 pub(crate) struct Rabbit {
     pub(crate) url: SecretUrl,
     pub(crate) queue: String,
+    /// It deletes its queues in the end.
+    mine: bool,
 }
 
 impl Rabbit {
@@ -45,12 +48,12 @@ impl Rabbit {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let url = SecretUrl::parse(Server::RabbitMq.url()).unwrap();
-        Self { url, queue: format!("hapax-test-{}-{now:x}-{number}", std::process::id()) }
+        Self { url, queue: format!("hapax-test-{}-{now:x}-{number}", std::process::id()), mine: true }
     }
 
     /// The same queue through another address: a proxy, another user.
     pub(crate) fn at(&self, url: &str) -> Self {
-        Self { url: SecretUrl::parse(url).unwrap(), queue: self.queue.clone() }
+        Self { url: SecretUrl::parse(url).unwrap(), queue: self.queue.clone(), mine: false }
     }
 
     pub(crate) fn dead(&self) -> String {
@@ -81,6 +84,27 @@ impl Rabbit {
     pub(crate) async fn connection(&self) -> Connection {
         let connecting = Connection::connect(self.url.expose(), ConnectionProperties::default());
         soon("connect", connecting).await.expect("the server is there")
+    }
+
+    /// Publishes these events to the queue.
+    pub(crate) async fn publish(&self, ids: impl IntoIterator<Item = usize>) {
+        let publisher = RabbitPublisher::builder(self.url.clone()).default_key(self.queue.clone()).build().unwrap();
+        let batch = ids.into_iter().map(|id| Outgoing::new(event(id))).collect();
+        for sent in soon("publish", publisher.publish(batch)).await {
+            sent.unwrap();
+        }
+        publisher.close().await;
+    }
+
+    /// A proxy before the server, and this queue through it.
+    pub(crate) async fn through_proxy(&self, parameters: &str) -> (Proxy, Self) {
+        let url = self.url.expose();
+        let (head, rest) = url.split_once("://").unwrap();
+        let (authority, path) = rest.split_once('/').unwrap();
+        let (user, host) = authority.rsplit_once('@').unwrap();
+        let proxy = Proxy::start(host).await.unwrap();
+        let by_proxy = self.at(&format!("{head}://{user}@{}/{path}{parameters}", proxy.address()));
+        (proxy, by_proxy)
     }
 
     pub(crate) async fn send(&self, properties: BasicProperties, body: &[u8]) {
@@ -141,6 +165,9 @@ impl Rabbit {
 impl Drop for Rabbit {
     /// Quorum queues cost the server memory; tests that run often would fill it.
     fn drop(&mut self) {
+        if !self.mine {
+            return;
+        }
         let (url, queue) = (self.url.clone(), self.queue.clone());
         let names = [queue.clone(), format!("{queue}.{GROUP}.dead")].into_iter();
         let waits = ["500ms", "1500ms", "3s", "1s"].map(|step| format!("{queue}.{GROUP}.retry.{step}"));
@@ -220,7 +247,7 @@ pub(crate) fn ids(deliveries: &[Delivery]) -> Vec<String> {
     deliveries.iter().map(id).collect()
 }
 
-pub(crate) fn event(id: impl ToString) -> Message {
+pub(crate) fn event(id: usize) -> Message {
     Message::event("https://test.example", id.to_string(), "com.example.tested").with_data("text/plain", "data")
 }
 
