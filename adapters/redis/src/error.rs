@@ -13,8 +13,11 @@ pub(crate) fn error(operation: &'static str, error: &RedisError) -> Error {
     }
 }
 
+/// What Redis 7 says where a script's command needs a right that its user has not.
+const NO_RIGHT: &str = "user executing the script can't";
+
 fn is_refused_right(text: &str) -> bool {
-    text.contains("NOPERM") || text.contains("permission")
+    text.contains("NOPERM") || text.contains("permission") || text.contains(NO_RIGHT)
 }
 
 fn kind(error: &RedisError) -> ErrorKind {
@@ -50,10 +53,9 @@ fn of_text(text: &str) -> ErrorKind {
     if let Some(kind) = inside {
         return kind;
     }
-    if text.contains("unknown command") || text.contains("unknown subcommand") {
-        return ErrorKind::Configuration;
-    }
-    if text.contains("DB index is out of range") || text.contains("SELECT is not allowed") {
+    let settings =
+        ["unknown command", "unknown subcommand", "DB index is out of range", "SELECT is not allowed", NO_RIGHT];
+    if settings.iter().any(|part| text.contains(part)) {
         return ErrorKind::Configuration;
     }
     if text.contains("user_script") || text.contains("f_") {
@@ -110,6 +112,10 @@ mod tests {
         let text = "Error running script (call to f_ab): @user_script:9: @user_script: 9: -OOM command not allowed";
         assert_eq!(of_text(text), ErrorKind::Full);
         assert_eq!(of_text("Error running script (call to f_ab): attempt to index a nil value"), ErrorKind::Internal);
+        assert_eq!(
+            of_text("The user executing the script can't run this command script: ab, on @user_script:28."),
+            ErrorKind::Configuration
+        );
         assert_eq!(of_text("max number of clients reached"), ErrorKind::Unavailable);
     }
 }

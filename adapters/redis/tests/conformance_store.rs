@@ -31,7 +31,7 @@ impl Records {
 #[async_trait]
 impl StoreFixture for Records {
     const CLOCK: Clock = Clock::Real;
-    const UNIT: Duration = Duration::from_millis(60);
+    const UNIT: Duration = Duration::from_millis(80);
 
     async fn store(&self) -> Arc<dyn ProcessedStore> {
         Arc::new(self.first.clone())

@@ -41,7 +41,8 @@ impl Private {
     pub(crate) async fn start(options: &[&str]) -> Self {
         let folder = std::env::temp_dir().join(format!("hapax-redis-{}", unique()));
         std::fs::create_dir(&folder).unwrap();
-        let sound = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""];
+        let sound =
+            ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""];
         let options = sound.iter().chain(options).map(|option| (*option).to_owned()).collect();
         let mut server = Self { child: None, folder, port: free_port(), options };
         server.run().await;
