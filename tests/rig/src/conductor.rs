@@ -247,6 +247,7 @@ impl Stage {
             lease: options.lease(),
             transactional: options.transactional(),
             forgetful: options.store == StoreKind::Redis,
+            one_server: options.one_server(),
             lanes: lanes.collect(),
             conflicts: accepted.conflicts.iter().map(|number| self.scribe.key(&producer::id(*number))).collect(),
             quiesce_within: QUIESCE_MAX,

@@ -27,6 +27,8 @@ pub(crate) struct Terms {
     pub(crate) transactional: bool,
     /// Whether the store may lose what it acknowledged shortly before it was killed.
     pub(crate) forgetful: bool,
+    /// Whether broker and store are one server.
+    pub(crate) one_server: bool,
     /// Events of each ordering key in the order of the broker, where that is to be judged.
     pub(crate) lanes: Vec<(EventKey, u64)>,
     /// Events that came with another body, too.
@@ -59,7 +61,7 @@ pub(crate) fn judge(history: &[Entry], terms: &Terms) -> Verdict {
         ..checkers::Terms::default()
     };
     let mut verdict = Verdict { violations: check_all(&complete, &kit), ..Verdict::default() };
-    let excused = claimed_before_a_pause(history);
+    let excused = claimed_before_a_pause(history, terms);
     verdict.violations.retain(|violation| {
         let start = violation.key.map(|key| (key, violation.at));
         violation.invariant != "no_start_after_terminal" || !start.is_some_and(|start| excused.contains(&start))

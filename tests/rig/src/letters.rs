@@ -32,7 +32,11 @@ pub(crate) struct Letter {
 
 /// All dead letters of the group.
 pub(crate) async fn read(broker: BrokerKind, url: &str, topic: &str, group: &str) -> Result<Vec<Letter>, String> {
-    let place = format!("{topic}.{group}.dead");
+    let place = match broker {
+        // The stream and what belongs to it are in one slot of a cluster.
+        BrokerKind::Redis => format!("{{{topic}}}.{group}.dead"),
+        BrokerKind::Rabbitmq | BrokerKind::Kafka => format!("{topic}.{group}.dead"),
+    };
     let reading = async {
         match broker {
             BrokerKind::Redis => from_redis(url, &place).await.map_err(|error| error.to_string()),

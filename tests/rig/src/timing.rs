@@ -14,6 +14,9 @@ use crate::scribe::{CONDUCTOR, away, back};
 /// After it is over, a fault may still be felt so long.
 const FELT: Duration = Duration::from_secs(2);
 
+/// Between two lines about one thing.
+const AT_ONCE: Duration = Duration::from_millis(20);
+
 /// Times of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Times {
@@ -116,8 +119,8 @@ pub(crate) fn resume(history: &[Entry], side: Side) -> (Times, Times) {
                 starts.entry(entry.worker).or_insert(entry.at);
             }
         }
-        // Its own outage ends here, and is felt a little longer.
-        let others = |d: &&Disturbance| !(d.worker.is_none() && d.to == up + FELT);
+        // Its own outage ends here, and is felt a little longer; where broker and store are one server, it ends twice.
+        let others = |d: &&Disturbance| !(d.worker.is_none() && d.to.abs_diff(up + FELT) < AT_ONCE);
         let mut took: Vec<Duration> = Vec::new();
         for (worker, at) in starts {
             let hits = |d: &Disturbance| d.worker.is_none_or(|hit| hit == worker) && d.from <= at && up <= d.to;

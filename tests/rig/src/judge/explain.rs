@@ -73,7 +73,7 @@ struct Faults {
 }
 
 impl Faults {
-    fn of(history: &[Entry]) -> Self {
+    fn of(history: &[Entry], terms: &Terms) -> Self {
         let mut faults = Self::default();
         let end = history.last().map_or(Duration::ZERO, |entry| entry.at);
         let mut open: BTreeMap<(u32, bool), Duration> = BTreeMap::new();
@@ -87,9 +87,8 @@ impl Faults {
                 What::Fault { name } if *name == back(Side::Store) => {
                     faults.reached(worker, open.remove(&(worker, false)), at);
                 }
-                What::Fault { name } if name.starts_with("store ") || *name == "broker restart: kill -9" => {
-                    faults.store_kills.push(at);
-                }
+                What::Fault { name: "store restart: kill -9" } => faults.store_kills.push(at),
+                What::Fault { name: "broker restart: kill -9" } if terms.one_server => faults.store_kills.push(at),
                 _ => {}
             }
         }
@@ -133,7 +132,7 @@ struct Run {
 
 /// The history with what must have happened, and the excused runs by event and number.
 pub(crate) fn explain(history: &[Entry], terms: &Terms) -> (Vec<Entry>, BTreeMap<(EventKey, u64), Excuse>) {
-    let faults = Faults::of(history);
+    let faults = Faults::of(history, terms);
     let mut excuses = BTreeMap::new();
     if !terms.transactional {
         for (key, runs) in runs(history, &faults) {
@@ -161,8 +160,8 @@ pub(crate) fn explain(history: &[Entry], terms: &Terms) -> (Vec<Entry>, BTreeMap
 
 /// The starts, by event and time, of what may have been claimed before its worker stood still: nothing but the resource
 /// itself can tell such a handler that another has the event by now.
-pub(crate) fn claimed_before_a_pause(history: &[Entry]) -> BTreeSet<(EventKey, Duration)> {
-    let faults = Faults::of(history);
+pub(crate) fn claimed_before_a_pause(history: &[Entry], terms: &Terms) -> BTreeSet<(EventKey, Duration)> {
+    let faults = Faults::of(history, terms);
     let mut starts = BTreeSet::new();
     for entry in history {
         if let What::Started { key, .. } = &entry.what
@@ -210,14 +209,8 @@ fn claimed(worker: u32, started: Duration, faults: &Faults) -> Duration {
 /// What kept `run` from recording or renewing until `next` could begin.
 fn excuse(run: &Run, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excuse> {
     let last = run.effects.last().copied().unwrap_or(next.begin);
-    let forgot =
-        |killed: &&Duration| **killed + LATE >= last && **killed <= last + TAIL + RECORD_MAX && **killed <= next.begin;
-    if terms.forgetful && faults.store_kills.iter().any(|killed| forgot(&killed)) {
-        return Some(Excuse::StoreForgot);
-    }
-    // The lease of the first must have run out.
-    if next.begin + LATE < run.begin + terms.lease {
-        return None;
+    if !has_run_out(run, next, terms) {
+        return forgot(last, next, faults, terms);
     }
     let open = Span { from: run.begin, to: next.begin };
     let busy = Span { from: run.begin, to: last + RECORD_MAX };
@@ -237,5 +230,20 @@ fn excuse(run: &Run, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excus
         return Some(Excuse::Paused);
     }
     let reaching = Span { from: open.from, to: open.to + LATE };
-    faults.store_away_from(run.worker).any(|span| span.within(reaching) >= short).then_some(Excuse::StoreAway)
+    if faults.store_away_from(run.worker).any(|span| span.within(reaching) >= short) {
+        return Some(Excuse::StoreAway);
+    }
+    forgot(last, next, faults, terms)
+}
+
+/// Whether the lease of the first can have run out when the next one began.
+fn has_run_out(run: &Run, next: &Run, terms: &Terms) -> bool {
+    next.begin + LATE >= run.begin + terms.lease
+}
+
+/// Whether the store may have lost the record of what took effect just before it was killed.
+fn forgot(effect: Duration, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excuse> {
+    let lost =
+        |killed: Duration| killed + LATE >= effect && killed <= effect + TAIL + RECORD_MAX && killed <= next.begin;
+    (terms.forgetful && faults.store_kills.iter().any(|killed| lost(*killed))).then_some(Excuse::StoreForgot)
 }

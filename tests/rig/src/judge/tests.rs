@@ -16,6 +16,7 @@ fn terms() -> Terms {
         lease: Duration::from_millis(LEASE_MS),
         transactional: false,
         forgetful: false,
+        one_server: false,
         lanes: Vec::new(),
         conflicts: BTreeSet::new(),
         quiesce_within: Duration::from_secs(60),
