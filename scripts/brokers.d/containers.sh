@@ -4,8 +4,6 @@
 compose_names="redis rabbitmq postgres kafka"
 image_deadline_s=${HAPAX_IMAGE_DEADLINE:-300}
 
-in_containers() { [ -e "$run/engine" ]; }
-
 container() { echo "hapax-$base-$1"; } # server
 
 engine() { # arguments; nothing inherited, for the monitor of a container lives as long as the container
@@ -35,7 +33,7 @@ compose() { # arguments
 
 containers_need() { # servers
   mkdir -p "$run" "$logs"
-  in_containers || choose_engine
+  [ -e "$run/engine" ] || choose_engine
   podman_settings
   [ -e "$run/images" ] || choose_images
 }
@@ -47,6 +45,7 @@ choose_engine() {
   fi
   need_program podman podman runc netavark aardvark-dns containernetworking-plugins iptables
   need_program podman-compose podman-compose
+  install_missing
   echo podman >"$run/engine"
   podman_settings
   engine info >/dev/null || { rm -f "$run/engine"; fail "neither Docker nor Podman answers"; }
@@ -87,13 +86,15 @@ choose_stand_in() {
   local image
   [ "$(cat "$run/engine")" = podman ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
     fail "without the official images the stand-in can be built only by root, with Podman, on Debian"
-  kafka_need
   # Anew when its recipe or Kafka's version changes.
   image=localhost/hapax-brokers-stand-in:$(cat "$root"/scripts/brokers.d/stand-in/* "$root/scripts/kafka/pom.xml" | cksum | cut -d ' ' -f 1)
   if has_image "$image"; then
     note "all four run from the stand-in image $image"
   else
     need_program debootstrap debootstrap
+    kafka_need
+    install_missing
+    kafka_jars
     note "building the stand-in image $image from Debian's packages (some minutes, once)"
     "$root/scripts/brokers.d/stand-in/build" "$image" "$jars" >"$logs/stand-in.log" 2>&1 ||
       { tail -n 20 "$logs/stand-in.log" >&2; fail "the stand-in image could not be built; the log is $logs/stand-in.log"; }
@@ -161,6 +162,8 @@ containers_resume() { engine unpause "$(container "$1")" >/dev/null; }
 
 containers_down() {
   local server
+  [ -e "$run/engine" ] || return 0
+  podman_settings
   for server in $(servers_in_set); do
     # A paused container cannot be stopped.
     if [ "$(container_state "$server")" = paused ]; then containers_resume "$server"; fi

@@ -2,24 +2,22 @@
 
 kafka_need() {
   need_program java default-jre-headless
-  local version
-  version=$(java -version 2>&1 | sed -n 's/^[^"]*"\([0-9]*\).*/\1/p' | head -n 1)
-  [ "${version:-0}" -ge 17 ] || fail "Kafka needs Java 17 or newer, and java is ${version:-unknown}"
-  kafka_jars
+  [ -d "$jars" ] || need_program mvn maven
 }
 
 # Once for all sets, and anew when the pom has changed.
 jars=$cache/kafka-$(cksum <"$root/scripts/kafka/pom.xml" | cut -d ' ' -f 1)
 
 kafka_jars() {
-  local pom=$root/scripts/kafka/pom.xml output
+  local pom=$root/scripts/kafka/pom.xml output version
+  version=$(java -version 2>&1 | sed -n 's/^[^"]*"\([0-9]*\).*/\1/p' | head -n 1)
+  [ "${version:-0}" -ge 17 ] || fail "Kafka needs Java 17 or newer, and java is ${version:-unknown}"
   [ ! -d "$jars" ] || return 0
-  need_program mvn maven
   note "fetching Apache Kafka from Maven Central (once)"
   mkdir -p "$cache"
   rm -rf "$jars.part"
   # A settings file of the user, mirrors included, is respected.
-  output=$(mvn -B -q -f "$pom" dependency:copy-dependencies -DoutputDirectory="$jars.part" -DincludeScope=runtime 2>&1) ||
+  output=$(mvn -B -q -f "$pom" org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies -DoutputDirectory="$jars.part" -DincludeScope=runtime 2>&1) ||
     { printf '%s\n' "$output" | tail -n 20 >&2; fail "maven could not fetch Kafka"; }
   mv "$jars.part" "$jars"
 }

@@ -1,13 +1,21 @@
 # What the servers need of the machine: Debian's packages, installed when missing and if we may.
 
-apt_updated=
+wanted_programs=()
+missing_packages=()
 
 need_program() { # program, packages that bring it
-  local program=$1
-  shift
-  [ -z "$(program_path "$program")" ] || return 0
-  install_packages "$@"
-  [ -n "$(program_path "$program")" ] || fail "$program is still missing after the installation of: $*"
+  wanted_programs+=("$1")
+  [ -n "$(program_path "$1")" ] || missing_packages+=("${@:2}")
+}
+
+# One installation, or one message, for all that was needed.
+install_missing() {
+  local program
+  [ ${#missing_packages[@]} = 0 ] || install_packages "${missing_packages[@]}"
+  for program in ${wanted_programs[@]+"${wanted_programs[@]}"}; do
+    [ -n "$(program_path "$program")" ] || fail "$program is still missing after the installation of: ${missing_packages[*]}"
+  done
+  missing_packages=()
 }
 
 program_path() { # program: also where Debian keeps what is not on the path
@@ -47,9 +55,6 @@ install_packages() { # packages
 install_quietly() { # packages
   local output
   export DEBIAN_FRONTEND=noninteractive
-  if [ -z "$apt_updated" ]; then
-    output=$(apt-get update -qq 2>&1) || { printf '%s\n' "$output" >&2; return 1; }
-    apt_updated=1
-  fi
+  output=$(apt-get update -qq 2>&1) || { printf '%s\n' "$output" >&2; return 1; }
   output=$(apt-get install -qq -y --no-install-recommends "$@" 2>&1) || { printf '%s\n' "$output" | tail -n 20 >&2; return 1; }
 }
