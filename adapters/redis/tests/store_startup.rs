@@ -32,7 +32,7 @@ async fn eviction_policy_refused_at_start() {
             let broker = MemoryBroker::builder("topic").build();
             Consumer::builder("billing", broker, store.clone()).on_any(nothing).require(Level::AtLeastOnce)
         };
-        let refused = builder().build().await.err().expect("it is refused").to_string();
+        let refused = builder().build().await.expect_err("it is refused").to_string();
         assert!(refused.contains("store-evicts") && refused.contains("noeviction"), "{refused}");
         assert!(builder().allow(Window::StoreLoss).build().await.is_ok(), "allowed by name");
         server.ask::<()>("CONFIG SET maxmemory-policy noeviction").await;

@@ -186,7 +186,7 @@ mod tests {
             ("0", None, Durability::Process),
         ] {
             let found = server(&[("aof_enabled", aof)], appendfsync);
-            assert_eq!(health(&[found.clone()], false).durability, durability, "{aof} {appendfsync:?}");
+            assert_eq!(health(std::slice::from_ref(&found), false).durability, durability, "{aof} {appendfsync:?}");
             let both = [server(&[], Some("always")), found];
             assert_eq!(health(&both, false).durability, durability, "the weakest of two");
         }

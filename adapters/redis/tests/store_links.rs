@@ -1,0 +1,141 @@
+//! Connections that break under the store: what was under way is unknown, can be repeated, and the next call finds a
+//! connection again.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod store_fixture;
+
+use std::time::Duration;
+
+use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded};
+use hapax_redis::redis::cmd;
+use hapax_redis::{RedisServer, RedisStore};
+use hapax_testkit::proxy::{After, Proxy};
+use store_fixture::{LEASE, Private, lease, open, process, request};
+use tokio::time::{Instant, timeout};
+
+async fn behind(server: &Private) -> (Proxy, RedisStore) {
+    let proxy = Proxy::start(format!("127.0.0.1:{}", server.port())).await.unwrap();
+    let at = RedisServer::at(format!("redis://{}", proxy.address()).parse().unwrap()).unwrap();
+    let at = at.response_timeout(Duration::from_millis(400)).connect_timeout(Duration::from_secs(1));
+    let store = RedisStore::builder(at).connect().await.unwrap();
+    (proxy, store)
+}
+
+fn may_have_taken_place(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Unknown | ErrorKind::Unavailable)
+}
+
+#[tokio::test]
+async fn a_claim_whose_answer_was_lost_is_granted_again() {
+    let server = Private::start(&[]).await;
+    let (proxy, store) = behind(&server).await;
+    let consumer = open(&store).await;
+    // The server knows the scripts from here on, so that the next request is the call itself.
+    process(&store, consumer, 0..1).await;
+    proxy.cut_after_request(After::Reply);
+    let asked = request(consumer, 1, 4711);
+    let lost = store.claim(&[asked], LEASE).await.unwrap_err();
+    assert!(may_have_taken_place(lost.kind()), "{lost}");
+    proxy.heal();
+    let Claim::Granted(granted, None) = store.claim(&[asked], LEASE).await.unwrap().remove(0) else {
+        panic!("granted")
+    };
+    assert_eq!(granted.attempt, 1, "the first claim was applied, and this is the same");
+    proxy.cut_after_request(After::Reply);
+    let lost = store.record(&[(granted, Outcome::Processed)]).await.unwrap_err();
+    assert!(may_have_taken_place(lost.kind()), "{lost}");
+    proxy.heal();
+    assert_eq!(store.record(&[(granted, Outcome::Processed)]).await.unwrap(), [Recorded::AlreadyDone]);
+}
+
+#[tokio::test]
+async fn a_request_cut_in_the_middle_changes_nothing() {
+    let server = Private::start(&[]).await;
+    let (proxy, store) = behind(&server).await;
+    let consumer = open(&store).await;
+    lease(&store, consumer, 0).await;
+    let batch: Vec<_> = (10..300).map(|n| request(consumer, n, 1)).collect();
+    proxy.cut_after_request(After::Bytes(9_000));
+    let lost = store.claim(&batch, LEASE).await.unwrap_err();
+    assert!(may_have_taken_place(lost.kind()), "{lost}");
+    proxy.heal();
+    let keys: u64 = server.ask("DBSIZE").await;
+    assert!(keys < 10, "{keys} keys: half a request is none");
+    assert!(store.claim(&batch, LEASE).await.unwrap().iter().all(|claim| matches!(claim, Claim::Granted(_, None))));
+}
+
+#[tokio::test]
+async fn a_server_that_is_silent_is_given_up_in_time_and_found_again() {
+    let server = Private::start(&[]).await;
+    let (proxy, store) = behind(&server).await;
+    let consumer = open(&store).await;
+    lease(&store, consumer, 0).await;
+    proxy.freeze();
+    let begun = Instant::now();
+    let unknown = store.claim(&[request(consumer, 1, 1)], LEASE).await.unwrap_err();
+    assert_eq!(unknown.kind(), ErrorKind::Unknown, "{unknown}");
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let accepted = proxy.accepted();
+    proxy.heal();
+    let granted = timeout(Duration::from_secs(5), async {
+        loop {
+            match store.claim(&[request(consumer, 1, 1)], LEASE).await {
+                Ok(mut claims) => break claims.remove(0),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
+            }
+        }
+    });
+    assert!(matches!(granted.await.unwrap(), Claim::Granted(..)));
+    assert!(proxy.accepted() > accepted, "over a new connection: nobody knows what still comes over the old one");
+}
+
+#[tokio::test]
+async fn while_the_server_is_away_calls_fail_soon_and_the_next_one_after_works() {
+    let mut server = Private::start(&[]).await;
+    let store = server.store().await;
+    let consumer = open(&store).await;
+    let held = lease(&store, consumer, 1).await;
+    server.kill();
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let calls = (0..8).map(|_| store.renew(std::slice::from_ref(&held), LEASE));
+        for answer in futures_util::future::join_all(calls).await {
+            assert_eq!(answer.unwrap_err().kind(), ErrorKind::Unavailable);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(3), "eight calls share a try: {:?}", begun.elapsed());
+    }
+    server.run().await;
+    let begun = Instant::now();
+    assert_eq!(store.record(&[(held, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_call_that_is_dropped_disturbs_no_other() {
+    // https://github.com/redis-rs/redis-rs/issues/851: an answer that nobody waits for must not reach another.
+    let server = Private::start(&[]).await;
+    let store = server.store().await;
+    let consumer = open(&store).await;
+    for n in 0..200_u64 {
+        let batch = [request(consumer, 1_000 + n, 1)];
+        let dropped = store.claim(&batch, LEASE);
+        tokio::select! { biased; _ = dropped => {} () = tokio::task::yield_now() => {} }
+        assert_eq!(lease(&store, consumer, n).await.key, store_fixture::key(n));
+    }
+}
+
+#[tokio::test]
+async fn the_last_handle_closes_its_connection() {
+    let server = Private::start(&[]).await;
+    let clients = async || -> usize {
+        let list: String = server.try_ask(cmd("CLIENT").arg("LIST")).await.unwrap();
+        list.lines().count()
+    };
+    let store = server.store().await;
+    let again = store.clone();
+    assert_eq!(clients().await, 2, "one, and the one that asks");
+    drop(store);
+    open(&again).await;
+    drop(again);
+    store_fixture::eventually("the connection is closed", async || clients().await == 1).await;
+}
