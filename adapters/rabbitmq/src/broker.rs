@@ -54,7 +54,7 @@ const OUTAGE_PATIENCE: Duration = Duration::from_secs(1);
 /// # }
 /// ```
 pub struct RabbitBroker {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     outlet: Outlet,
     /// Wait queues that are known to be there.
     known: Mutex<BTreeSet<Place>>,

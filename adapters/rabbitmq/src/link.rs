@@ -217,3 +217,6 @@ fn delays() -> ExponentialBackoff {
 pub(crate) fn out_of_reach(why: &str) -> Error {
     Error::new(ErrorKind::Unavailable, "receive").because(format!("RabbitMQ is out of reach: {why}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -207,6 +207,12 @@ impl Shared {
         Take::Some(deliveries.collect())
     }
 
+    /// The channel of the session that lives.
+    #[cfg(test)]
+    pub(crate) fn channel(&self) -> Option<Channel> {
+        self.lock().current.as_ref().map(|current| current.table.channel.clone())
+    }
+
     /// The delivery of a receipt, if it is held.
     pub(crate) fn find(&self, receipt: Receipt) -> Option<Arc<Native>> {
         let state = self.lock();
