@@ -60,7 +60,9 @@ pub(crate) fn type_name<E: Event>() -> String {
 
 /// Type and version of a type as it travels.
 pub(crate) fn split_version(ty: &str) -> (&str, u32) {
-    ty.rsplit_once(".v")
+    // Behind the last dot, since a version has none.
+    ty.rsplit_once('.')
+        .and_then(|(base, version)| Some((base, version.strip_prefix('v')?)))
         .filter(|(_, digits)| !digits.starts_with('0') && digits.bytes().all(|b| b.is_ascii_digit()))
         .and_then(|(base, digits)| Some((base, digits.parse().ok()?)))
         .unwrap_or((ty, 1))

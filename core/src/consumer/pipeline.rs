@@ -518,3 +518,17 @@ async fn others_first() {
 async fn waker() -> std::task::Waker {
     std::future::poll_fn(|cx| std::task::Poll::Ready(cx.waker().clone())).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It is moved into its slot, once an event.
+    #[test]
+    fn a_life_is_small() {
+        fn size<F>(_: impl Fn(Arc<Shared>, Delivery) -> F) -> usize {
+            size_of::<F>()
+        }
+        assert!(size(life) <= 2_048, "{} bytes", size(life));
+    }
+}
