@@ -110,7 +110,7 @@ pub(crate) fn retry_topic(topic: &str, group: &str, step: Duration) -> String {
 fn step_name(step: Duration) -> String {
     let ms = step.as_millis();
     for (unit, name) in [(3_600_000, "h"), (60_000, "m"), (1_000, "s")] {
-        if ms >= unit && ms % unit == 0 {
+        if ms >= unit && ms.is_multiple_of(unit) {
             return format!("{}{name}", ms / unit);
         }
     }

@@ -173,7 +173,7 @@ impl Properties {
                 name if name.starts_with("SCRAM") => ("sasl_scram", "tls"),
                 _ => ("sasl_gssapi", "sasl"),
             };
-            needed.push((power, feature, format!("sasl.mechanism={mechanism}")));
+            needed.push((power, feature, "the mechanism that property `sasl.mechanism` names".to_owned()));
         }
         let mut lacking = false;
         for (power, feature, asked) in needed {

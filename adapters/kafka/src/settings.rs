@@ -189,7 +189,7 @@ impl KafkaBrokerBuilder {
 }
 
 fn has_less_than_ms(step: &Duration) -> bool {
-    step.subsec_nanos() % 1_000_000 != 0
+    !step.subsec_nanos().is_multiple_of(1_000_000)
 }
 
 impl fmt::Debug for KafkaBrokerBuilder {

@@ -305,3 +305,149 @@ pub(crate) fn settled(found: Option<()>) -> Result<()> {
 pub(crate) fn drain_max(limits: &Limits, poll_interval_max: Duration) -> Duration {
     limits.drain.min(poll_interval_max / 2)
 }
+
+#[cfg(test)]
+mod tests {
+    use hapax::{Message, MessageLimits, Origin};
+
+    use super::*;
+    use crate::wire::{Home, Raw};
+
+    fn shared() -> Shared {
+        let places = Places::new(&["orders".into()], "billing", &[Duration::from_secs(15)]).expect("good names");
+        let limits = Limits {
+            events: 100,
+            bytes: 1 << 20,
+            held_max: Duration::from_secs(60),
+            drain: Duration::from_secs(1),
+            message: MessageLimits::DEFAULT,
+        };
+        Shared::new(Arc::new(places), limits, Arc::default())
+    }
+
+    fn entry(offset: i64, due: Option<Instant>) -> Entry {
+        let message = Message::default().with_data("text/plain", vec![b'x'; 10]);
+        let home = Home { topic: "orders".into(), partition: 0, offset, hops: 0 };
+        let origin = Origin { place: "orders/0".into(), position: offset.to_string().into() };
+        let bytes = message.bytes();
+        let raw = Raw::of(None, Some(b"xxxxxxxxxx"), &[]);
+        Entry { raw, message: Arc::new(message), origin: Arc::new(origin), home, offset, bytes, due }
+    }
+
+    fn take(shared: &Shared, events: usize) -> Vec<Delivery> {
+        match shared.take(Want { events, bytes: 1 << 20 }) {
+            Take::Some(deliveries) => deliveries,
+            _ => Vec::new(),
+        }
+    }
+
+    fn offsets(deliveries: &[Delivery]) -> Vec<i64> {
+        let origin = |delivery: &Delivery| delivery.origin.as_ref().and_then(|origin| origin.position.parse().ok());
+        deliveries.iter().filter_map(origin).collect()
+    }
+
+    fn to_commit(shared: &Shared) -> Vec<((usize, i32), i64)> {
+        shared.lock().to_commit(|_| true)
+    }
+
+    /// Bug 60 of semantics.md section 4 (microsoft/FluidFramework#9404): such a record advanced the tracker, and left a
+    /// gap that was committed past.
+    #[test]
+    fn record_of_unassigned_partition_ignored() {
+        let shared = shared();
+        shared.assign(0, 0);
+        shared.arrive([(0, 1, entry(7, None)), (0, 0, entry(3, None))]);
+        assert_eq!(offsets(&take(&shared, 10)), [3]);
+        shared.assign(0, 1);
+        shared.arrive([(0, 1, entry(5, None))]);
+        let five = take(&shared, 10);
+        assert_eq!(offsets(&five), [5], "what came before the assignment is not part of it");
+        assert!(shared.lock().settle(five[0].receipt, Assignment::ack).is_some());
+        assert_eq!(to_commit(&shared), [((0, 1), 6)]);
+    }
+
+    /// Bug 57 (confluentinc/librdkafka#2782): what an earlier assignment finished late was committed under the next.
+    #[test]
+    fn stale_offset_never_committed() {
+        let shared = shared();
+        shared.assign(0, 0);
+        shared.arrive((10..13).map(|offset| (0, 0, entry(offset, None))));
+        let old = take(&shared, 10);
+        let session = old[0].session.id();
+        shared.lock().end(session);
+        shared.assign(0, 0);
+        shared.arrive((10..13).map(|offset| (0, 0, entry(offset, None))));
+        for delivery in &old {
+            assert!(shared.lock().settle(delivery.receipt, Assignment::ack).is_none(), "stale");
+        }
+        assert_eq!(to_commit(&shared), []);
+        assert!(!old[0].session.is_live());
+        assert_eq!(offsets(&take(&shared, 10)), [10, 11, 12]);
+    }
+
+    #[test]
+    fn a_retry_that_is_due_passes_one_that_is_not() {
+        let shared = shared();
+        shared.assign(1, 0);
+        let now = Instant::now();
+        let later = now + Duration::from_secs(60);
+        shared.arrive([(1, 0, entry(0, Some(later))), (1, 0, entry(1, Some(now)))]);
+        let due = take(&shared, 10);
+        assert_eq!(offsets(&due), [1]);
+        assert!(shared.lock().settle(due[0].receipt, Assignment::ack).is_some());
+        assert_eq!(to_commit(&shared), [], "but nothing is committed past the one that waits");
+        match shared.take(Want { events: 1, bytes: 1 << 20 }) {
+            Take::Nothing(Some(wait)) => assert_eq!(wait, later),
+            _ => panic!("it waits for the other"),
+        }
+    }
+
+    #[test]
+    fn partitions_take_turns() {
+        let shared = shared();
+        for partition in 0..3 {
+            shared.assign(0, partition);
+            shared.arrive((0..50).map(|offset| (0, partition, entry(offset, None))));
+        }
+        let mut seen: Vec<u32> =
+            (0..3).flat_map(|_| take(&shared, 2)).map(|delivery| delivery.receipt.partition).collect();
+        seen.dedup();
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_full_buffer_pauses_and_a_half_empty_one_resumes() {
+        let shared = shared();
+        shared.assign(0, 0);
+        let pauses = || {
+            let mut state = shared.lock();
+            let assignment = state.at(0, 0).expect("it is assigned");
+            let pauses = assignment.pauses(false);
+            assignment.paused = Some(pauses);
+            pauses
+        };
+        shared.arrive((0..99).map(|offset| (0, 0, entry(offset, None))));
+        assert!(!pauses());
+        shared.arrive([(0, 0, entry(99, None))]);
+        assert!(pauses(), "100 may be unsettled, 100 are buffered");
+        let taken = take(&shared, 40);
+        assert!(pauses(), "not at once again");
+        assert_eq!(taken.len() + take(&shared, 20).len(), 60);
+        assert!(!pauses());
+    }
+
+    #[test]
+    fn a_delivery_that_is_being_placed_is_ended_by_nobody_else() {
+        let shared = shared();
+        shared.assign(0, 0);
+        shared.arrive([(0, 0, entry(0, None))]);
+        let receipt = take(&shared, 1)[0].receipt;
+        assert!(shared.lock().of(receipt).and_then(|one| one.begin_placing(receipt.position)).is_some());
+        assert!(shared.lock().settle(receipt, Assignment::ack).is_none());
+        assert!(shared.lock().settle(receipt, Assignment::release).is_none());
+        shared.not_placed(receipt);
+        assert!(shared.lock().settle(receipt, Assignment::release).is_some());
+        assert_eq!(take(&shared, 1).len(), 1, "it comes again");
+    }
+}

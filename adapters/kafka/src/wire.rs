@@ -19,13 +19,16 @@ const RETRY_DUE: &str = "hapax-retry-due-unix-ms";
 const RETRY_HOPS: &str = "hapax-retry-hops";
 const REOPEN: &str = "hapax-reopen";
 
+/// Where in the block a part is.
+type Part = (usize, usize);
+
 /// A record as it was fetched: one block of bytes, and where what is in it.
 #[derive(Clone, Debug)]
 pub(crate) struct Raw {
     block: Bytes,
-    key: Option<(usize, usize)>,
-    value: Option<(usize, usize)>,
-    headers: Box<[(Box<str>, Option<(usize, usize)>)]>,
+    key: Option<Part>,
+    value: Option<Part>,
+    headers: Box<[(Box<str>, Option<Part>)]>,
     /// A header's name was not UTF-8, which the client cannot hand over.
     unreadable_header: bool,
 }
@@ -58,7 +61,7 @@ impl Raw {
         Self { block: block.freeze(), key, value, headers: headers.into_boxed_slice(), unreadable_header }
     }
 
-    fn slice(&self, (from, to): (usize, usize)) -> Bytes {
+    fn slice(&self, (from, to): Part) -> Bytes {
         self.block.slice(from..to)
     }
 

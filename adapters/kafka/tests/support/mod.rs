@@ -74,9 +74,15 @@ impl Topic {
         self
     }
 
+    /// Only the topic itself is shared out among members.
+    pub(crate) fn without_retries(mut self) -> Self {
+        self.step = Duration::ZERO;
+        self
+    }
+
     pub(crate) fn builder(&self) -> KafkaBrokerBuilder {
         let builder = KafkaBroker::builder(self.url.clone(), self.group.as_str(), [self.topic.as_str()])
-            .retry_steps([self.step])
+            .retry_steps(Some(self.step).filter(|step| !step.is_zero()))
             .declare(Declare::partitions(self.partitions))
             .commit_interval(Duration::from_millis(20));
         self.properties.iter().fold(builder, |builder, (name, value)| builder.property(*name, *value))
@@ -187,6 +193,24 @@ impl Topic {
         if timeout(SOON, waiting).await.is_err() {
             panic!("{:?} is committed, not {sum}", self.committed(&self.topic).await);
         }
+    }
+}
+
+/// Many topics make a server slow; those of a test go with it.
+impl Drop for Topic {
+    fn drop(&mut self) {
+        let (config, topics) = (self.config(), [self.topic.clone(), self.dead(), self.retry()]);
+        let deleting = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let admin: Result<AdminClient<DefaultClientContext>, _> = config.create();
+            if let (Ok(runtime), Ok(admin)) = (runtime, admin) {
+                let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+                let options = AdminOptions::new().request_timeout(Some(Duration::from_secs(5)));
+                // Those that were never created are refused, each by itself.
+                let _ = runtime.block_on(admin.delete_topics(&names, &options));
+            }
+        });
+        let _ = deleting.join();
     }
 }
 
