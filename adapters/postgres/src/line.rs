@@ -168,7 +168,7 @@ impl Drop for Busy<'_> {
 fn check_own(replies: &Replies) -> Result<(), Fault> {
     let told = replies.iter().take(2).filter_map(|rows| rows.first());
     let told = told.filter_map(|row| row.try_get::<bool, _>("is_own").ok());
-    match told.last() {
+    match told.reduce(|_, own| own) {
         Some(false) => {
             tracing::warn!("a connection of the pool was handed out inside a transaction that nobody ended; closing it");
             Err(Fault::unavailable("a connection of the pool was inside somebody's transaction, and is closed"))

@@ -39,8 +39,8 @@ pub const BEGIN_MAX: Duration = Duration::from_secs(10);
 /// }
 /// ```
 ///
-/// Behind PgBouncer in transaction mode add `.persistent(false)` to each query, or set the pool's
-/// `statement_cache_capacity` to 0.
+/// Behind PgBouncer in transaction mode add `.persistent(false)` to each query: sqlx names the others, also with a
+/// statement cache of 0, and PgBouncer before 1.21 lends the next transaction a server that does not know the name.
 #[derive(Debug)]
 pub struct PgTx {
     held: Option<Held>,
