@@ -190,7 +190,10 @@ impl Broker for RedisBroker {
             if let Some(error) = c.trouble(Instant::now() >= told) {
                 return Err(error);
             }
-            c.want(want.events);
+            // What waits and was not handed out waits for room.
+            if c.table().waiting() == 0 {
+                c.want(want.events);
+            }
             tokio::select! {
                 biased;
                 () = arrived => {}

@@ -78,9 +78,12 @@ impl Reader {
             if c.phase() != Phase::Running {
                 return false;
             }
-            let (room, _) = c.table().room();
+            let ((room, _), waiting) = {
+                let table = c.table();
+                (table.room(), table.waiting())
+            };
             // After an error it goes on by itself, so that the trouble ends when the server is back.
-            if c.trouble_known() || (c.demand() > 0 && room > 0) {
+            if c.trouble_known() || (c.demand() > 0 && room > 0 && waiting == 0) {
                 return true;
             }
             tokio::select! {

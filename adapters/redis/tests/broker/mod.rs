@@ -2,12 +2,14 @@
 //! nothing of hapax.
 #![allow(dead_code, reason = "each suite takes what it needs")]
 
-use std::time::Duration;
+use std::num::NonZeroU64;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use hapax::cloudevents::{Convention, decode};
 use hapax::{
-    Broker, Delivery, Headers, Limits, Message, MessageLimits, Outgoing, Publisher, Receipt, Settlement, Want,
+    Broker, DeadLetter, Delivery, Headers, Limits, Message, MessageLimits, Outgoing, Publisher, Reason, Receipt,
+    Settlement, Want,
 };
 use hapax_redis::redis::{self, Value, from_redis_value};
 use hapax_redis::{RedisBroker, RedisPublisher, RedisServer};
@@ -68,6 +70,19 @@ pub(crate) fn id(delivery: &Delivery) -> usize {
     delivery.message.attributes.id.as_deref().and_then(|id| id.parse().ok()).expect("a number as id")
 }
 
+pub(crate) fn letter() -> Box<DeadLetter> {
+    Box::new(DeadLetter {
+        reason: Reason::Permanent,
+        error: "no such order".into(),
+        consumer: "tests".into(),
+        attempts: 1,
+        first: SystemTime::UNIX_EPOCH,
+        last: SystemTime::UNIX_EPOCH,
+        origin: None,
+        reopen: NonZeroU64::new(7),
+    })
+}
+
 /// Receives until there are `count`, within ten seconds.
 pub(crate) async fn receive(broker: &RedisBroker, count: usize) -> Vec<Delivery> {
     let mut all = Vec::new();
@@ -89,7 +104,15 @@ pub(crate) async fn silence(broker: &RedisBroker, how_long: Duration) {
 }
 
 pub(crate) async fn settle(broker: &RedisBroker, receipt: Receipt, settlement: Settlement) {
-    broker.settle(&[(receipt, settlement)]).await.remove(0).expect("it is settled");
+    let item = [(receipt, settlement)];
+    for _ in 0..50 {
+        match broker.settle(&item).await.remove(0) {
+            // As a consumer does: a connection that broke is noticed by the first call.
+            Err(error) if error.is_retryable() => tokio::time::sleep(Duration::from_millis(20)).await,
+            answer => return answer.expect("it is settled"),
+        }
+    }
+    panic!("the server does not come back");
 }
 
 pub(crate) async fn ack(broker: &RedisBroker, deliveries: &[Delivery]) {
