@@ -44,8 +44,9 @@ async fn main() -> ExitCode {
 fn log_to_stderr() {
     let targets = std::env::var("RUST_LOG").ok().and_then(|targets| targets.parse().ok());
     let targets = targets.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false).with_filter(targets);
-    tracing_subscriber::registry().with(lines).init();
+    // For all layers: as the filter of one, it would lose the line that follows a question of sqlx (`tracing::enabled!`).
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(targets).with(lines).init();
 }
 
 async fn run(options: Options) -> Result<(), String> {
