@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hapax::{Context, Failure, Message};
-use hapax_sqlite::SqliteTx as PgTx;
+use hapax_postgres::PgTx;
 use hapax_sqlite::SqliteTx;
 use serde::Serialize;
 use sqlx::{Executor, PgPool, SqlitePool};

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use hapax::{Consumer, ConsumerBuilder, IdFrom, Level, Order, ProcessedStore, SecretUrl, Settings, Window};
 use hapax_memory::MemoryStore;
+use hapax_postgres::PostgresStore;
 use hapax_redis::RedisStore;
 use hapax_sqlite::SqliteStore;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::brokers::Queue;
 use crate::effects::{self, App};
@@ -19,6 +21,8 @@ const PREFIX: &str = "WEBHOOK_WORKER";
 /// Where this service differs from hapax' defaults: people are invited to kill it, pause it and let it fail, which
 /// counts against the events that are hit; and nobody wants to wait five minutes for a retry.
 const DEFAULTS: [(&str, &str); 2] = [("WEBHOOK_WORKER_ATTEMPTS_MAX", "100"), ("WEBHOOK_WORKER_CRASHES_MAX", "1000")];
+/// Of one worker to PostgreSQL: two for claims and records, the others for as many handlers at once.
+const CONNECTIONS_MAX: u32 = 10;
 /// The longest delay where nothing has to wait for a retry.
 const DELAY_MAX: Duration = Duration::from_secs(10);
 
@@ -31,6 +35,8 @@ pub(crate) enum Store {
     Sqlite(SqliteStore),
     /// On a server.
     Redis(RedisStore),
+    /// In a database.
+    Postgres(PostgresStore),
 }
 
 impl Store {
@@ -53,7 +59,17 @@ impl Store {
                 let url = SecretUrl::parse(url).map_err(|error| format!("--store-url: {error}"))?;
                 RedisStore::open(url).await.map(Self::Redis).map_err(|error| told(&error))
             }
-            other => Err(format!("--store {other:?}: not there yet")),
+            StoreKind::Postgres => {
+                // What the client says of a URL that it cannot read may quote it.
+                let connect: PgConnectOptions =
+                    url.parse().map_err(|_| "--store-url: PostgreSQL's client cannot read it".to_owned())?;
+                let pool = PgPoolOptions::new().max_connections(CONNECTIONS_MAX).connect_lazy_with(connect);
+                let store = PostgresStore::builder(pool).migrate(true).connect().await.map_err(|error| told(&error))?;
+                if table {
+                    effects::create_in_postgres(store.pool()).await.map_err(untold)?;
+                }
+                Ok(Self::Postgres(store))
+            }
         }
     }
 
@@ -62,6 +78,9 @@ impl Store {
         let built = match (self, options.effects()) {
             (Self::Sqlite(store), Some(Effects::Table)) => {
                 builder(options, queue, store.clone(), None)?.on_any_tx(effects::sqlite_row).build().await
+            }
+            (Self::Postgres(store), Some(Effects::Table)) => {
+                builder(options, queue, store.clone(), None)?.on_any_tx(effects::postgres_row).build().await
             }
             (store, Some(Effects::File(path))) => {
                 let lines = effects::open(&path)?;
@@ -77,6 +96,7 @@ impl Store {
         match self {
             Self::Memory(_) | Self::Redis(_) => {}
             Self::Sqlite(store) => store.close().await,
+            Self::Postgres(store) => store.pool().close().await,
         }
     }
 
@@ -85,6 +105,7 @@ impl Store {
             Self::Memory(store) => Arc::new(store.clone()),
             Self::Sqlite(store) => Arc::new(store.clone()),
             Self::Redis(store) => Arc::new(store.clone()),
+            Self::Postgres(store) => Arc::new(store.clone()),
         }
     }
 }
