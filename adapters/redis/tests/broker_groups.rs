@@ -1,4 +1,5 @@
 //! Groups, members and trimming: what exists is created or checked, what vanishes is told, and nothing pending is thrown away.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod broker;
 
@@ -76,6 +77,8 @@ async fn a_group_that_is_missing_is_waited_for_where_that_is_the_policy() {
     publish(&stream, 0..1).await;
     let error = tokio::time::timeout(Duration::from_secs(5), broker.receive(broker::WANT)).await.unwrap().unwrap_err();
     assert!(error.is_retryable() && error.to_string().contains("missing_group"), "{error}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(broker.groups_lost(), 1, "it is lost once, however often it is looked for");
     client.command(&["XGROUP", "CREATE", &stream, "g", "0"]).await;
     assert_eq!(receive(&broker, 1).await.len(), 1, "without a restart");
 }

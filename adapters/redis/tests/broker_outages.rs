@@ -1,4 +1,5 @@
 //! Servers that restart, links that break, rights that are missing: L4 ReconnectHeals, S26 UnknownIsUnknown, H3 NoSecrets.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod broker;
 mod store_fixture;
@@ -86,6 +87,39 @@ async fn durability_is_what_the_server_is_set_to() {
         let broker = opened(build(&server.url(), "s")).await;
         assert_eq!(broker.capabilities().durability, durability, "{option}");
     }
+}
+
+/// A server at its `maxmemory`: what needs room is refused as full and stays in hand, and consuming goes on, since acks are
+/// what makes room.
+#[tokio::test]
+async fn a_full_server_is_still_consumed() {
+    let server = Private::start(&[]).await;
+    let broker = opened(build(&server.url(), "s")).await;
+    publish_at(&server.url(), "s", 0..5).await;
+    let held = receive(&broker, 5).await;
+    settle(&broker, held[4].receipt, Settlement::Retry { after: Duration::from_millis(500) }).await;
+    server.ask::<()>("CONFIG SET maxmemory 1").await;
+    publish_refused(&server.url()).await;
+    for settlement in [Settlement::Retry { after: Duration::ZERO }, Settlement::DeadLetter(letter())] {
+        let answer = broker.settle(&[(held[0].receipt, settlement)]).await.remove(0);
+        assert_eq!(answer.unwrap_err().kind(), ErrorKind::Full);
+    }
+    ack(&broker, &held[1..4]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    settle(&broker, held[0].receipt, Settlement::Release { counted: true }).await;
+    let again = receive(&broker, 1).await;
+    assert_eq!(id(&again[0]), 0, "the retry is due, but there is no room to move it");
+    ack(&broker, &again).await;
+    server.ask::<()>("CONFIG SET maxmemory 0").await;
+    let last = receive(&broker, 1).await;
+    assert_eq!((id(&last[0]), last[0].count), (4, Some(2)));
+    ack(&broker, &last).await;
+}
+
+async fn publish_refused(url: &str) {
+    let publisher = RedisPublisher::new(server_at(url), "s").unwrap();
+    let answer = publisher.publish(vec![Outgoing::new(event(9))]).await.remove(0);
+    assert_eq!(answer.unwrap_err().kind(), ErrorKind::Full);
 }
 
 /// `SCRIPT FLUSH`, a failover: the server does not know the scripts any more.

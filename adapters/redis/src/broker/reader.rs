@@ -6,6 +6,7 @@
 //! due and what others lost; only then what is new.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
@@ -25,7 +26,7 @@ const SWEEP_MAX: usize = 100;
 /// Most calls of one sweep over one stream: the next goes on where it ended.
 const SWEEP_CALLS_MAX: usize = 16;
 /// What an entry is taken to measure before one was seen.
-const BYTES_GUESSED: usize = 16 << 10;
+const BYTES_GUESSED: usize = 256 << 10;
 /// How many pages of our own pending list are looked through at a time.
 const RECOVER_PAGE: usize = 256;
 
@@ -38,6 +39,8 @@ pub(super) struct Reader {
     /// Where the next look for lost entries goes on, for each source.
     cursors: Vec<String>,
     bytes_each: usize,
+    /// The group was found missing, and is not there again.
+    missing: bool,
     pauses: ExponentialBackoff,
 }
 
@@ -55,7 +58,15 @@ impl Reader {
         let cursors = vec!["0-0".to_owned(); c.sources.len()];
         // A name of chance has nothing pending; a given one may have what its last bearer left, and that is taken over like
         // anybody's, so that a second process of the same name takes nothing from the first.
-        Self { c, recover: [None; 2], sweep_at: Instant::now(), cursors, bytes_each: BYTES_GUESSED, pauses: pauses() }
+        Self {
+            c,
+            recover: [None; 2],
+            sweep_at: Instant::now(),
+            cursors,
+            bytes_each: BYTES_GUESSED,
+            missing: false,
+            pauses: pauses(),
+        }
     }
 
     pub(super) async fn run(mut self) {
@@ -63,6 +74,7 @@ impl Reader {
             match self.round().await {
                 Ok(()) => {
                     self.pauses = pauses();
+                    self.missing = false;
                     self.c.set_trouble(None);
                 }
                 Err(error) => self.pause_after(&error).await,
@@ -96,8 +108,10 @@ impl Reader {
     async fn pause_after(&mut self, error: &Error) {
         let now = Instant::now();
         self.recover = [Some(now), Some(now + BLOCK_MAX * 2 + Duration::from_secs(1))];
+        if !self.c.trouble_known() {
+            tracing::warn!(%error, "reading from Redis failed; trying again until it works");
+        }
         self.c.set_trouble(Some(error));
-        tracing::warn!(%error, "reading from Redis failed; trying again");
         let pause = self.pauses.next().unwrap_or(Duration::from_secs(1));
         tokio::select! {
             () = sleep(pause) => {}
@@ -229,8 +243,11 @@ impl Reader {
         for place in &c.settings.places {
             let most = SWEEP_MAX.to_string();
             let keys = [&*place.due, &*place.again, &*place.dead];
-            let reply = c.reading.run("receive", &c.scripts.move_due, &keys, &[most]).await?;
-            // More is due than one call moves: come again at once.
+            let reply = match c.reading.run("receive", &c.scripts.move_due, &keys, &[most]).await {
+                // They wait until there is memory. What is acked in the meantime may make some.
+                Err(error) if error.kind() == ErrorKind::Full => continue,
+                reply => reply?,
+            };
             let wait = items(reply).get(2).and_then(number).and_then(|ms| u64::try_from(ms).ok());
             next = wait.map_or(next, |ms| next.min(Duration::from_millis(ms.max(1))));
         }
@@ -264,8 +281,11 @@ impl Reader {
     /// The group is gone, and with it everything pending: receipts mean nothing any more.
     async fn missing_group(&mut self, error: Error) -> Result<()> {
         let c = &self.c;
-        c.counters.groups_lost.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        c.begin_session();
+        if !self.missing {
+            self.missing = true;
+            c.counters.groups_lost.fetch_add(1, Ordering::Relaxed);
+            c.begin_session();
+        }
         if c.settings.missing_group == MissingGroup::Fail {
             return Err(Error::new(ErrorKind::Unavailable, "receive").because(format!(
                 "the group vanished, and missing_group is Fail: {}",

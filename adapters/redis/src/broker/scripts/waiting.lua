@@ -1,31 +1,15 @@
--- What waits for the group. Answers {not yet delivered or -1, waiting for their time, trimmed away before the group read them
--- or -1}, where -1 means that the server does not know.
+-- What waits for the group. Answers {not yet delivered or -1 where the server does not know, waiting for their time}.
 --
 -- KEYS  1 stream   2 stream of retries   3 due
 -- ARGV  1 group
-local function pairs_of(flat)
-  local of = {}
-  for i = 1, #flat, 2 do of[flat[i]] = flat[i + 1] end
-  return of
-end
-
-local function group_of(stream)
-  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local group = pairs_of(info)
-    if group.name == ARGV[1] then return group end
-  end
-  return {}
-end
-
-local lag, trimmed = 0, -1
+local lag = 0
 for i = 1, 2 do
-  local group = group_of(KEYS[i])
-  if type(group.lag) == 'number' and lag >= 0 then lag = lag + group.lag else lag = -1 end
-  if i == 1 and type(group['entries-read']) == 'number' then
-    local stream = pairs_of(redis.call('XINFO', 'STREAM', KEYS[1]))
-    if type(stream['entries-added']) == 'number' then
-      trimmed = math.max(0, stream['entries-added'] - group['entries-read'] - stream.length)
-    end
+  local known
+  for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[i])) do
+    local of = {}
+    for j = 1, #info, 2 do of[info[j]] = info[j + 1] end
+    if of.name == ARGV[1] and type(of.lag) == 'number' then known = of.lag end
   end
+  lag = known and lag >= 0 and lag + known or -1
 end
-return {lag, redis.call('ZCARD', KEYS[3]), trimmed}
+return {lag, redis.call('ZCARD', KEYS[3])}
