@@ -86,6 +86,17 @@ impl Drop for Own {
     }
 }
 
+const CASES: [&str; 8] = [
+    "store-256",
+    "store-256-four",
+    "store-256-remembering",
+    "pipeline-64",
+    "pipeline-256",
+    "pipeline-1024",
+    "pipeline-256-remembering",
+    "memory",
+];
+
 /// The server under measurement, and stores on it.
 struct Bench {
     url: String,
@@ -108,7 +119,9 @@ impl Bench {
 
     async fn store(&self, name: &str) -> RedisStore {
         let server = RedisServer::at(self.url.parse().expect("a url")).expect("a url of Redis");
-        let prefix = format!("bench-{}-{name}", std::process::id());
+        // One for each case, as long as the default: it is in every key.
+        let case = CASES.iter().position(|case| *case == name).unwrap_or(CASES.len());
+        let prefix = format!("{case:x}{:04x}", std::process::id() & 0xffff);
         RedisStore::builder(server).prefix(prefix).connect().await.expect("the server takes it")
     }
 

@@ -36,8 +36,7 @@ impl RedisStore {
             let now = codec::moment(now).ok_or_else(|| strange("list"))?;
             for pair in found.chunks_exact(2) {
                 let key = keys::event(&pair[0]).ok_or_else(|| strange("list"))?;
-                let time = codec::time_of(&pair[1]).ok_or_else(|| strange("list"))?;
-                oldest.push((time, codec::view(key, &pair[1], now, "list")?));
+                oldest.push(codec::view(key, &pair[1], now, "list")?);
             }
             // A walk may tell one key twice.
             oldest.sort_by_key(|(time, view)| (*time, view.key));
@@ -59,7 +58,8 @@ impl StoreAdmin for RedisStore {
         let (now, record): (Vec<u8>, Option<Vec<u8>>) =
             redis::from_redis_value(answer).map_err(|_| strange("look_up"))?;
         let now = codec::moment(&now).ok_or_else(|| strange("look_up"))?;
-        record.map(|record| codec::view(key, &record, now, "look_up")).transpose()
+        let view = record.map(|record| codec::view(key, &record, now, "look_up")).transpose()?;
+        Ok(view.map(|(_, view)| view))
     }
 
     /// Walks over every key of the server's database: for an operator's eyes, not for a loop.

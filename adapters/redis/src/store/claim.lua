@@ -45,9 +45,14 @@ for i = 2, #KEYS do
   elseif not intact(record) then
     return damaged()
   else
-    local state, fence, time = byte(record, 1), number(record, 2), number(record, 9)
+    local state, fence = byte(record, 1), number(record, 2)
+    local time, known
+    if state == PROCESSED then
+      time, known = fence + unpack_from('>I4', record, 9) * 1000, sub(record, 13, 28)
+    else
+      time, known = number(record, 9), sub(record, 16, 31)
+    end
     local next_fence = math.max(fence + 1, fresh)
-    local known = sub(record, 16, 31)
     local answer, attempt, crashes, written
     if reopens(record, state, time, fence, request) then
       answer, granted = next_fence, math.max(granted, next_fence)

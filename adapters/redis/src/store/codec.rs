@@ -187,23 +187,19 @@ pub(super) fn moment(mut bytes: &[u8]) -> Option<u64> {
     number(&mut bytes)
 }
 
-/// When a record entered its status, or until when it is held or waits.
-pub(super) fn time_of(record: &[u8]) -> Option<u64> {
-    moment(record.get(8..)?)
-}
-
-/// A record as an operator sees it.
-pub(super) fn view(key: EventKey, record: &[u8], now: u64, operation: &'static str) -> Result<RecordView> {
+/// A record as an operator sees it, and when it entered its status, or until when it is held or waits.
+pub(super) fn view(key: EventKey, record: &[u8], now: u64, operation: &'static str) -> Result<(u64, RecordView)> {
     view_of(key, record, now).ok_or_else(|| {
         let why = format!("the record of {key:?} is damaged or was written by another version of hapax");
         Error::new(ErrorKind::Incompatible, operation).because(why)
     })
 }
 
-fn view_of(key: EventKey, mut record: &[u8], now: u64) -> Option<RecordView> {
+fn view_of(key: EventKey, mut record: &[u8], now: u64) -> Option<(u64, RecordView)> {
     let rest = &mut record;
     let [state] = take(rest)?;
-    let (fence, at) = (number(rest)?, number(rest)?);
+    let fence = number(rest)?;
+    let at = if state == PROCESSED { fence + u64::from(count(rest)?) * 1_000 } else { number(rest)? };
     take::<16>(rest)?;
     let (attempt, crashes) = if state == PROCESSED && rest.is_empty() { (1, 0) } else { (count(rest)?, count(rest)?) };
     let status = match state {
@@ -226,7 +222,7 @@ fn view_of(key: EventKey, mut record: &[u8], now: u64) -> Option<RecordView> {
         view.reason = Some(reason(rest)?);
     }
     view.trouble = trouble(rest)?;
-    Some(view)
+    Some((at, view))
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {

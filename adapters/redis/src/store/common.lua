@@ -1,12 +1,14 @@
 -- Put before the scripts that follow. A record is, in bytes from 1:
---   1 version (high half) and state (low half) · 2-8 fence · 9-15 time (end of the lease, due, or when it ended)
---   16-31 fingerprint · 32-35 attempt · 36-39 crashes; a processed record ends here, and at 31 where they are 1 and 0
+--   1 version (high half) and state (low half) · 2-8 fence
+--   processed, short because there are many: 9-12 milliseconds from the fence's time until it was processed
+--     · 13-28 fingerprint · 29-32 attempt · 33-36 crashes, left out where they are 1 and 0
+--   all others: 9-15 time (end of the lease, due, or when it ended) · 16-31 fingerprint · 32-35 attempt · 36-39 crashes
 --   claimed, waiting: 40-46 first claim · 47-62 token · 63- trouble
 --   doomed:           40-46 first claim · 47-62 token · 63-69 doomed since · reason · trouble
 --   dead-lettered:    40-46 doomed since · 47- reason · trouble
 -- Numbers are big-endian. Times and fences are microseconds since 1970: whole numbers below 2^53 until the year 2255.
 local CLAIMED, WAITING, DOOMED, PROCESSED, DEAD_LETTERED = 16, 17, 18, 19, 20
-local SHORTEST = { [CLAIMED] = 62, [WAITING] = 62, [DOOMED] = 70, [PROCESSED] = 31, [DEAD_LETTERED] = 47 }
+local SHORTEST = { [CLAIMED] = 62, [WAITING] = 62, [DOOMED] = 70, [PROCESSED] = 28, [DEAD_LETTERED] = 47 }
 local ANY = string.rep('\0', 16)
 local NUMBER_MAX = 9007199254740991
 local byte, char, sub, pack, unpack_from = string.byte, string.char, string.sub, struct.pack, struct.unpack

@@ -16,7 +16,9 @@ local function ends(key, record, after)
 end
 
 local function processed(key, fence, print, counts)
-  ends(key, char(PROCESSED) .. fence .. now_bytes .. print .. (counts == ONCE and '' or counts))
+  local took = math.floor((now - number(fence, 1)) / 1000)
+  local took_bytes = pack('>I4', math.max(0, math.min(took, 4294967295)))
+  ends(key, char(PROCESSED) .. fence .. took_bytes .. print .. (counts == ONCE and '' or counts))
 end
 
 -- The record has vanished: what ended stays ended, what failed starts afresh.
