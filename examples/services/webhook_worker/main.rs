@@ -43,10 +43,15 @@ async fn main() -> ExitCode {
 /// `RUST_LOG=info,webhook_worker=debug` tells every handler that begins, too.
 fn log_to_stderr() {
     let targets = std::env::var("RUST_LOG").ok().and_then(|targets| targets.parse().ok());
-    let targets = targets.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let targets = targets.unwrap_or_else(quiet);
     // For all layers: as the filter of one, it would lose the line that follows a question of sqlx (`tracing::enabled!`).
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
     tracing_subscriber::registry().with(targets).with(lines).init();
+}
+
+/// What lapin calls an error is tried again, or told by hapax.
+fn quiet() -> Targets {
+    Targets::new().with_default(LevelFilter::INFO).with_target("lapin", LevelFilter::OFF)
 }
 
 async fn run(options: Options) -> Result<(), String> {
@@ -54,9 +59,9 @@ async fn run(options: Options) -> Result<(), String> {
     if !wrong.is_empty() {
         return Err(wrong.join("\nwebhook_worker: "));
     }
-    let queue = Queue::new(&options).map_err(|error| told(&error))?;
+    let queue = Queue::new(&options).map_err(|error| format!("the broker: {}", told(&error)))?;
     if options.declare_only {
-        queue.declare().await.map_err(|error| told(&error))?;
+        queue.declare().await.map_err(|error| format!("the broker: {}", told(&error)))?;
         println!("{} and what group {} needs are there", options.topic, options.group);
         return Ok(());
     }
@@ -64,7 +69,7 @@ async fn run(options: Options) -> Result<(), String> {
         Some(at) => Some(Http::bind(at).await?),
         None => None,
     };
-    let store = Store::open(&options).await?;
+    let store = Store::open(&options).await.map_err(|why| format!("the store: {why}"))?;
     let ended = consume(&options, &queue, &store, http).await;
     store.close().await;
     ended
@@ -119,7 +124,11 @@ fn told(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text = format!("{text}: {cause}");
+        // Some tell their cause themselves.
+        let why = cause.to_string();
+        if !text.contains(&why) {
+            text = format!("{text}: {why}");
+        }
         source = cause.source();
     }
     text
