@@ -80,9 +80,17 @@ async fn a_cluster_holds_the_records_in_many_slots() {
 }
 
 #[tokio::test]
-async fn one_partition_in_a_cluster_keeps_batches_whole() {
-    let (nodes, server) = cluster().await;
-    let store = RedisStore::builder(server).partitions(1).prefix("whole").connect().await.unwrap();
+async fn one_partition_in_a_cluster_keeps_batches_whole_under_the_documented_rights() {
+    let (nodes, _) = cluster().await;
+    let page = include_str!("../../../docs/redis.md");
+    let rights = page.lines().find(|line| line.starts_with("ACL SETUSER hapax-store ")).expect("the store's rights");
+    for node in &nodes {
+        // With the two that docs/redis.md adds for a cluster.
+        node.ask::<()>(&format!("{} +cluster|slots +ping", rights.replace("<password>", "pw"))).await;
+    }
+    let url = format!("redis-cluster://hapax-store:pw@127.0.0.1:{}", nodes[1].port());
+    let server = RedisServer::at(url.parse().unwrap()).unwrap();
+    let store = RedisStore::builder(server).partitions(1).prefix("hapax:whole").connect().await.unwrap();
     let consumer = open(&store).await;
     process(&store, consumer, 0..500).await;
     let mut sizes = Vec::new();
