@@ -1,6 +1,7 @@
 //! One run from beginning to end: servers and workers up, faults by plan, healing, rest, judgement.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::crew::{Orders, Worker};
+use crate::crew::{Orders, Supervised, Worker};
 use crate::faults::Field;
 use crate::judge::{self, Terms, Verdict};
 use crate::letters::{self, Letter};
@@ -25,6 +26,8 @@ use crate::witness::{TICK, Table, Witness};
 
 /// Longest time to come to rest after all faults.
 const QUIESCE_MAX: Duration = Duration::from_secs(120);
+/// How often workers are looked after.
+const SUPERVISE_EVERY: Duration = Duration::from_millis(500);
 /// Orders that wait for the producer.
 const ORDERS_MAX: usize = 64;
 /// A takeover on Kafka waits for its session, and for the rebalance behind it.
@@ -44,6 +47,7 @@ pub(crate) async fn run(options: &Options) -> Result<Report, String> {
     for worker in &field.workers[..field.workers.len() - 1] {
         worker.start(&mut *worker.hold().await).await?;
     }
+    let supervising = tokio::spawn(supervise(Arc::clone(&field)));
     tokio::select! {
         broken = break_things(options, &field, begun) => broken?,
         ended = &mut producing => return Err(format!("the producer ended before its time: {ended:?}")),
@@ -54,6 +58,7 @@ pub(crate) async fn run(options: &Options) -> Result<Report, String> {
     let quiesced = stage.quiesce(options, &accepted).await?;
     // A late duplicate would come within a lease.
     sleep(options.lease() + Duration::from_secs(1)).await;
+    supervising.abort();
     stage.end(options, &field).await?;
     watching.abort();
     let letters = stage.letters(options).await?;
@@ -81,13 +86,24 @@ async fn break_things(options: &Options, field: &Arc<Field>, begun: Instant) -> 
         done.map_err(|error| error.to_string())??;
     }
     for worker in &field.workers[..field.workers.len() - 1] {
-        let mut state = worker.hold().await;
-        if let Err(trouble) = worker.check(&mut state) {
-            field.trouble(trouble);
-        }
-        worker.start(&mut state).await?;
+        worker.start(&mut *worker.hold().await).await?;
     }
     Ok(())
+}
+
+/// Starts workers again that could not start, as whoever runs services does.
+async fn supervise(field: Arc<Field>) {
+    loop {
+        sleep(SUPERVISE_EVERY).await;
+        for worker in &field.workers {
+            let Some(mut state) = worker.try_hold() else { continue };
+            match worker.supervise(&mut state).await {
+                Ok(Supervised::Well) => {}
+                Ok(Supervised::StartedAgain) => field.started_again(),
+                Err(trouble) => field.trouble(trouble),
+            }
+        }
+    }
 }
 
 async fn watch_files(witness: Arc<Witness>) {
@@ -175,6 +191,9 @@ impl Stage {
             orders,
             counts: Mutex::default(),
             troubles: Mutex::default(),
+            started_again: AtomicU32::new(0),
+            away: AtomicU32::new(0),
+            back: Mutex::default(),
             server: tokio::sync::Mutex::default(),
         }))
     }
@@ -213,9 +232,7 @@ impl Stage {
     async fn end(&self, options: &Options, field: &Field) -> Result<(), String> {
         for worker in &field.workers {
             let mut state = worker.hold().await;
-            if let Err(trouble) = worker.check(&mut state) {
-                field.trouble(trouble);
-            } else if let Err(trouble) = worker.terminate(&mut state).await {
+            if let Err(trouble) = worker.terminate(&mut state, || field.is_away()).await {
                 field.trouble(trouble);
             }
         }
@@ -269,6 +286,7 @@ impl Stage {
             effects: self.scribe.effects(),
             conflicts: accepted.conflicts.len(),
             letters: letters.len(),
+            refused_starts: field.started_again.load(Ordering::Relaxed),
             faults: field.counts.lock().expect("nobody panics while holding it").clone(),
             quiesced,
             takeover: timing::takeover(&history),

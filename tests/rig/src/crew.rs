@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::links::Link;
 use crate::options::Options;
@@ -21,6 +21,18 @@ use crate::witness::Witness;
 
 /// The drain of a worker takes at most 25 s; then it is to have ended.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(32);
+
+/// The exit code of a worker that cannot start.
+const CANNOT_START: i32 = 2;
+/// Longest time in which a start fails: a few calls with their deadlines.
+const START_MAX: Duration = Duration::from_secs(45);
+
+/// What a supervisor found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Supervised {
+    Well,
+    StartedAgain,
+}
 
 /// What all workers have in common.
 #[derive(Debug)]
@@ -42,7 +54,7 @@ impl Orders {
         flag("store", options.store.name().into());
         flag("order", options.order.name().into());
         flag("lease-ms", options.lease_ms.to_string());
-        flag("handler-ms", options.handler_ms.to_string());
+        flag("handler-ms", options.handler_ms().to_string());
         flag("fail-rate", options.fail_rate.to_string());
         Self { program: options.bin.join("webhook_worker"), arguments, out, lines: !options.transactional() }
     }
@@ -67,6 +79,7 @@ pub(crate) struct Worker {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     lives: u32,
+    since: Option<Instant>,
     running: Option<(Life, Child, JoinHandle<()>)>,
 }
 
@@ -122,17 +135,28 @@ impl Worker {
         let log = self.orders.out.join(format!("worker-{}.log", self.number));
         let listening = tokio::spawn(listen(stderr, log, life, Arc::clone(&self.witness)));
         state.running = Some((life, child, listening));
+        state.since = Some(Instant::now());
         Ok(())
     }
 
-    /// Whether it lives. One that ended by itself is told.
-    pub(crate) fn check(&self, state: &mut State) -> Result<bool, String> {
-        match state.running.as_mut().map(|(life, child, _)| (*life, child.try_wait())) {
-            None => Ok(false),
-            Some((_, Ok(None))) => Ok(true),
-            Some((life, Ok(Some(status)))) => Err(format!("worker {} ended by itself: {status}", life.worker)),
-            Some((_, Err(error))) => Err(format!("worker {}: {error}", self.number)),
+    /// Does what a supervisor does: a worker that could not start, since a server was away, is started again. One that
+    /// ended later than that is told: it is to outlive every outage.
+    pub(crate) async fn supervise(&self, state: &mut State) -> Result<Supervised, String> {
+        let ended = match state.running.as_mut().map(|(life, child, _)| (*life, child.try_wait())) {
+            None | Some((_, Ok(None))) => return Ok(Supervised::Well),
+            Some((life, Ok(Some(status)))) => (life, status),
+            Some((_, Err(error))) => return Err(format!("worker {}: {error}", self.number)),
+        };
+        let (life, status) = ended;
+        let age = state.since.map_or(Duration::ZERO, |since| since.elapsed());
+        if let Some((life, _, listening)) = state.running.take() {
+            self.bury(life, listening).await;
         }
+        self.start(state).await?;
+        if status.code() == Some(CANNOT_START) && age < START_MAX {
+            return Ok(Supervised::StartedAgain);
+        }
+        Err(format!("worker {}.{} ended by itself after {age:.1?}: {status}", life.worker, life.number))
     }
 
     /// `kill -9`.
@@ -143,14 +167,20 @@ impl Worker {
         self.bury(life, listening).await;
     }
 
-    /// SIGTERM, and its end in time; a worker that does not end is killed, and told.
-    pub(crate) async fn terminate(&self, state: &mut State) -> Result<(), String> {
+    /// SIGTERM, and its end in time; a worker that does not end is killed, and told. One that can say nothing to its
+    /// servers while one of them is away may end with an error.
+    pub(crate) async fn terminate(&self, state: &mut State, is_away: impl Fn() -> bool) -> Result<(), String> {
         let Some((life, mut child, listening)) = state.running.take() else { return Ok(()) };
+        let was_away = is_away();
         signal(&child, "TERM").await;
         match timeout(SHUTDOWN_MAX, child.wait()).await {
             Ok(Ok(status)) if status.success() => {
                 let _ = listening.await;
                 self.witness.drain();
+                Ok(())
+            }
+            Ok(Ok(status)) if status.code() == Some(CANNOT_START) && (was_away || is_away()) => {
+                self.bury(life, listening).await;
                 Ok(())
             }
             Ok(ended) => {

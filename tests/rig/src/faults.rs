@@ -1,12 +1,13 @@
 //! What a planned fault does, to whom, and what is written down about it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hapax_testkit::proxy::After;
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::crew::Worker;
 use crate::links::Link;
@@ -17,6 +18,9 @@ use crate::servers::Servers;
 
 /// How long a cut waits for the request that it is to cut off.
 const ARMED_MAX: Duration = Duration::from_secs(3);
+
+/// How long an outage is felt after its end.
+const FELT: Duration = Duration::from_secs(5);
 
 /// Everything that faults happen to.
 #[derive(Debug)]
@@ -32,6 +36,11 @@ pub(crate) struct Field {
     pub(crate) counts: Mutex<BTreeMap<&'static str, u32>>,
     /// What went wrong that no checker sees: a worker that did not end, one that ended by itself.
     pub(crate) troubles: Mutex<Vec<String>>,
+    /// Starts that failed while a server was away, and were tried again.
+    pub(crate) started_again: AtomicU32,
+    /// How many servers and links are away, and when the last one came back.
+    pub(crate) away: AtomicU32,
+    pub(crate) back: Mutex<Option<Instant>>,
     /// Held while something is done to a server.
     pub(crate) server: tokio::sync::Mutex<()>,
 }
@@ -60,6 +69,21 @@ impl Field {
         self.troubles.lock().expect("nobody panics while holding it").push(what);
     }
 
+    /// Whether a server or a link is away, or was a moment ago.
+    pub(crate) fn is_away(&self) -> bool {
+        let back = *self.back.lock().expect("nobody panics while holding it");
+        self.away.load(Ordering::Relaxed) > 0 || back.is_some_and(|at| at.elapsed() < FELT)
+    }
+
+    fn is_back(&self) {
+        self.away.fetch_sub(1, Ordering::Relaxed);
+        *self.back.lock().expect("nobody panics while holding it") = Some(Instant::now());
+    }
+
+    pub(crate) fn started_again(&self) {
+        self.started_again.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn count(&self, fault: Fault) {
         *self.counts.lock().expect("nobody panics while holding it").entry(fault.name()).or_default() += 1;
     }
@@ -85,7 +109,7 @@ impl Field {
         match fault {
             Fault::Pause => worker.pause(&mut state, self.lease + millis(draw, 500, 2500)).await,
             Fault::Terminate => {
-                if let Err(trouble) = worker.terminate(&mut state).await {
+                if let Err(trouble) = worker.terminate(&mut state, || self.is_away()).await {
                     self.trouble(trouble);
                 }
             }
@@ -104,7 +128,7 @@ impl Field {
         self.scribe.fault(Some(worker.number), Fault::JoinAndLeave);
         worker.start(&mut state).await?;
         sleep(millis(draw, 3000, 9000)).await;
-        if let Err(trouble) = worker.terminate(&mut state).await {
+        if let Err(trouble) = worker.terminate(&mut state, || self.is_away()).await {
             self.trouble(trouble);
         }
         Ok(())
@@ -118,6 +142,7 @@ impl Field {
         };
         self.count(fault);
         self.scribe.fault(link.worker, fault);
+        self.away.fetch_add(1, Ordering::Relaxed);
         self.scribe.mark(link.worker, away(side));
         let proxy = &link.proxy;
         match cut {
@@ -143,6 +168,7 @@ impl Field {
         }
         proxy.heal();
         self.scribe.mark(link.worker, back(side));
+        self.is_back();
     }
 
     async fn hit_server(&self, fault: Fault, side: Side, draw: u64) -> Result<(), String> {
@@ -150,6 +176,7 @@ impl Field {
         let servers = &self.servers;
         self.count(fault);
         self.scribe.fault(None, fault);
+        self.away.fetch_add(1, Ordering::Relaxed);
         self.mark_server(side, away);
         match fault {
             Fault::ServerPause(_) => {
@@ -171,6 +198,7 @@ impl Field {
             }
         }
         self.mark_server(side, back);
+        self.is_back();
         Ok(())
     }
 

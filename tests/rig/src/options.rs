@@ -37,9 +37,9 @@ pub(crate) struct Options {
     /// The lease of every worker
     #[arg(long, default_value_t = 4000)]
     pub(crate) lease_ms: u64,
-    /// How long a handler takes
-    #[arg(long, default_value_t = 150)]
-    pub(crate) handler_ms: u64,
+    /// How long a handler takes [default: 150; 5 where handlers queue for SQLite's one writer]
+    #[arg(long)]
+    pub(crate) handler_ms: Option<u64>,
     /// The share of attempts that fail
     #[arg(long, default_value_t = 0.02)]
     pub(crate) fail_rate: f64,
@@ -138,6 +138,11 @@ impl Options {
     pub(crate) fn effects(&self) -> EffectsKind {
         let default = if self.store == StoreKind::Redis { EffectsKind::File } else { EffectsKind::Table };
         self.effects.unwrap_or(default)
+    }
+
+    pub(crate) fn handler_ms(&self) -> u64 {
+        let default = if self.store == StoreKind::Sqlite && self.transactional() { 5 } else { 150 };
+        self.handler_ms.unwrap_or(default)
     }
 
     /// Whether effects commit with the record.

@@ -24,6 +24,8 @@ pub(crate) struct Report {
     pub(crate) effects: u64,
     pub(crate) conflicts: usize,
     pub(crate) letters: usize,
+    /// Starts that failed while a server was away.
+    pub(crate) refused_starts: u32,
     pub(crate) faults: BTreeMap<&'static str, u32>,
     pub(crate) explained: BTreeMap<&'static str, usize>,
     pub(crate) unexplained: usize,
@@ -80,6 +82,7 @@ impl Report {
             "effects": self.effects,
             "conflicts": self.conflicts,
             "dead_letters": self.letters,
+            "starts_refused": self.refused_starts,
             "faults": self.faults,
             "duplicates_explained": self.explained,
             "duplicates_unexplained": self.unexplained,
@@ -115,6 +118,7 @@ impl fmt::Display for Report {
         for (name, count) in &self.faults {
             row(f, &format!("  {name}"), count)?;
         }
+        row(f, "starts refused in an outage", self.refused_starts)?;
         row(f, "duplicates explained", self.explained.values().sum::<usize>())?;
         for (name, count) in &self.explained {
             row(f, &format!("  {name}"), count)?;
