@@ -21,6 +21,8 @@ use crate::settings::Declare;
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long describing topics may take: without an answer less is promised.
+const DESCRIBE: Duration = Duration::from_secs(5);
 /// How long created topics may take to be seen by every server.
 const SEEN_MAX: Duration = Duration::from_secs(15);
 
@@ -157,7 +159,7 @@ async fn facts(admin: &Arc<AdminClient<Logging>>, places: &Places, shapes: &BTre
     let mut facts = Facts { durability: Durability::Durable, kept: Some(Duration::ZERO) };
     let names: Vec<&str> = places.subscribed.iter().map(|place| &*place.name).collect();
     let asked: Vec<ResourceSpecifier<'_>> = names.iter().map(|name| ResourceSpecifier::Topic(name)).collect();
-    let options = AdminOptions::new().request_timeout(Some(REQUEST));
+    let options = AdminOptions::new().request_timeout(Some(DESCRIBE));
     let told = match admin.describe_configs(&asked, &options).await {
         Ok(told) => told,
         Err(refused) => {

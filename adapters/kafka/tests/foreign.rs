@@ -52,8 +52,8 @@ async fn foreign_messages_arrive_in_every_mode() {
         br#"{"specversion":"1.0","id":"2","source":"/shop","type":"placed","partitionkey":"p","data":{"cents": 5}}"#;
     kcat(&topic, &["-H", "content-type=application/cloudevents+json; charset=utf-8"], document).await;
     kcat(&topic, &["-k", "customer 8"], br#"{"id": "3"}"#).await;
-    kcat(&topic, &["-k", "customer 9", "-Z"], b"").await;
-    let arrived = receive_in_order(&broker, 3).await;
+    kcat(&topic, &["-K", ":", "-Z"], b"customer 9:").await;
+    let arrived = receive(&broker, 4).await;
     let [one, two, three] = [&arrived[0], &arrived[1], &arrived[2]].map(|delivery| &delivery.message);
     assert_eq!(one.attributes.id.as_deref(), Some("1"));
     assert_eq!(one.attributes.partition_key.as_deref(), Some("customer 7"));
@@ -61,14 +61,11 @@ async fn foreign_messages_arrive_in_every_mode() {
     assert_eq!((two.attributes.id.as_deref(), two.attributes.partition_key.as_deref()), (Some("2"), Some("p")));
     assert_eq!(&two.data[..], br#"{"cents": 5}"#);
     assert_eq!((three.attributes.id.as_deref(), three.attributes.partition_key.as_deref()), (None, Some("customer 8")));
+    let tombstone = &arrived[3].message;
+    assert_eq!((tombstone.attributes.partition_key.as_deref(), tombstone.data.len()), (Some("customer 9"), 0));
     assert!(arrived.iter().all(|delivery| delivery.message.defect().is_none()));
     ack(&broker, &arrived).await;
     broker.close().await.expect("it closes");
-}
-
-/// In one partition they arrive as they were sent; an empty input of kcat is no message.
-async fn receive_in_order(broker: &hapax_kafka::KafkaBroker, count: usize) -> Vec<hapax::Delivery> {
-    receive(broker, count).await
 }
 
 /// rdkafka 0.39 panics on such a name (`Headers::try_get`): one message of anybody would stop the consumer for good.

@@ -57,7 +57,11 @@ pub(crate) struct Topic {
 
 impl Topic {
     pub(crate) fn new(partitions: u16) -> Self {
-        let url = Server::Kafka.url().parse().expect("the address of Kafka is a url");
+        Self::at(Server::Kafka.url().parse().expect("the address of Kafka is a url"), partitions)
+    }
+
+    /// On other servers than those of `scripts/brokers`.
+    pub(crate) fn at(url: SecretUrl, partitions: u16) -> Self {
         let properties = Vec::new();
         Self {
             url,
@@ -199,6 +203,9 @@ impl Topic {
 /// Many topics make a server slow; those of a test go with it.
 impl Drop for Topic {
     fn drop(&mut self) {
+        if std::env::var(Server::Kafka.variable()).is_ok_and(|url| url != self.url.expose()) {
+            return;
+        }
         let (config, topics) = (self.config(), [self.topic.clone(), self.dead(), self.retry()]);
         let deleting = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
