@@ -125,7 +125,8 @@ fn kind_of(sqlstate: &str) -> ErrorKind {
             // Connection, transaction rolled back, resources, operator intervention, system.
             "08" | "40" | "53" | "57" | "58" => ErrorKind::Unavailable,
             "28" => ErrorKind::Configuration,
-            "22" | "23" => ErrorKind::Rejected,
+            // Cardinality: one key twice in a batch, which halving it separates.
+            "21" | "22" | "23" => ErrorKind::Rejected,
             // A page of a table or an index is damaged.
             "XX" => ErrorKind::Incompatible,
             _ => ErrorKind::Internal,
@@ -147,7 +148,7 @@ mod tests {
         {
             assert_eq!(kind_of(passing), ErrorKind::Unavailable, "{passing}");
         }
-        for refused in ["22021", "23505"] {
+        for refused in ["21000", "22021", "23505"] {
             assert_eq!(kind_of(refused), ErrorKind::Rejected, "{refused}");
         }
         for (code, kind) in [

@@ -1,0 +1,312 @@
+//! Effects and mark commit together or not at all, and no transaction is left open, whatever the handler, the network or
+//! another transaction does.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{LEASE, Place, RETENTION, claim, key, lease, number, pool_of, request, run, server};
+use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded, Renewal, Status, StoreAdmin, TransactionalStore};
+use hapax_postgres::sqlx::{self, AssertSqlSafe, Executor};
+use hapax_postgres::{PgLent, PgTx, PostgresStore};
+use hapax_testkit::proxy::{After, Proxy};
+
+async fn status(store: &PostgresStore, n: u64) -> Option<Status> {
+    store.look_up("billing", key(n)).await.unwrap().map(|view| view.status)
+}
+
+async fn written(place: &Place, store: &PostgresStore, row: &str) -> PgLent {
+    let (mut tx, lent) = store.begin().await.unwrap();
+    place.write(&mut tx, row).await;
+    lent
+}
+
+/// How many transactions stay open on this schema's tables.
+async fn open_transactions(place: &Place) -> i64 {
+    let locks = format!(
+        "SELECT count(DISTINCT l.pid) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
+         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = '{}' AND l.mode = 'RowExclusiveLock'",
+        place.schema
+    );
+    number(&place.owner, locks).await
+}
+
+async fn no_transaction_stays_open(place: &Place) {
+    let ended = async {
+        while open_transactions(place).await > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), ended).await.expect("every transaction ends");
+}
+
+#[tokio::test]
+async fn handlers_run_beside_one_another_and_beside_claims_and_renewals() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let (one, two) = (lease(&store, consumer, 1).await, lease(&store, consumer, 2).await);
+    let (mut first, mut second) = (store.begin().await.unwrap(), store.begin().await.unwrap());
+    place.write(&mut first.0, "one").await;
+    place.write(&mut second.0, "two").await;
+    assert!(matches!(claim(&store, consumer, 3, 3).await, Claim::Granted(..)));
+    // A renewal changes the very record in which the transaction is about to end: it must not make it fail.
+    assert_eq!(store.renew(&[one, two], LEASE * 2).await.unwrap(), [Renewal::Renewed; 2]);
+    for ((tx, mut lent), lease) in [(second, two), (first, one)] {
+        drop(tx);
+        assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+        store.commit(lent).await.unwrap();
+    }
+    assert_eq!(place.rows().await, ["one", "two"]);
+}
+
+#[tokio::test]
+async fn a_savepoint_takes_back_a_part_only() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let lease = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    place.write(&mut tx, "kept").await;
+    for (what, keeps) in [("rolled back", false), ("dropped", false), ("committed", true)] {
+        let mut part = tx.savepoint().await.unwrap();
+        let insert = format!("INSERT INTO {}.effects VALUES ('{what}')", place.schema);
+        part.execute(AssertSqlSafe(insert)).await.unwrap();
+        match what {
+            "rolled back" => part.rollback().await.unwrap(),
+            _ if keeps => part.commit().await.unwrap(),
+            _ => drop(part),
+        }
+    }
+    // What fails in a savepoint does not break the whole.
+    let mut part = tx.transaction().await.unwrap();
+    part.execute("SELECT 1 / 0").await.unwrap_err();
+    part.rollback().await.unwrap();
+    drop(tx);
+    assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    store.commit(lent).await.unwrap();
+    assert_eq!(place.rows().await, ["committed", "kept"]);
+}
+
+/// A failed statement aborts the whole transaction, and a COMMIT then answers ROLLBACK without an error
+/// (<https://www.postgresql.org/docs/current/sql-commit.html>): it must not pass for a commit.
+#[tokio::test]
+async fn an_error_that_the_handler_swallows_is_its_failure() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let lease = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    place.write(&mut tx, "lost").await;
+    tx.execute("SELECT 1 / 0").await.unwrap_err();
+    drop(tx);
+    let error = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    drop(lent);
+    assert_eq!((place.rows().await.len(), status(&store, 1).await), (0, Some(Status::Claimed)));
+}
+
+#[tokio::test]
+async fn a_transaction_that_the_handler_ended_is_not_recorded_in() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    for (n, ending) in ["COMMIT", "ROLLBACK", "COMMIT; BEGIN", "ROLLBACK AND CHAIN"].into_iter().enumerate() {
+        let lease = lease(&store, consumer, n as u64).await;
+        let (mut tx, mut lent) = store.begin().await.unwrap();
+        sqlx::raw_sql(ending).execute(&mut *tx).await.unwrap();
+        drop(tx);
+        let error = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{ending}: {error}");
+        drop(lent);
+        assert_eq!(status(&store, n as u64).await, Some(Status::Claimed), "{ending}");
+    }
+    no_transaction_stays_open(&place).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_dropped_at_any_moment_leaves_no_open_transaction() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let held = lease(&store, consumer, 1).await;
+    for n in 0..40_u64 {
+        let life = async {
+            let mut lent = written(&place, &store, "dropped").await;
+            store.record_in(&mut lent, &[(held, Outcome::Processed)]).await.unwrap();
+            std::future::pending::<()>().await;
+        };
+        tokio::time::timeout(Duration::from_micros(n * 150), life).await.unwrap_err();
+    }
+    no_transaction_stays_open(&place).await;
+    assert_eq!(place.rows().await.len(), 0);
+    // And no connection of the pool is inside one without knowing it.
+    for _ in 0..5 {
+        place.pool.execute(AssertSqlSafe(format!("INSERT INTO {}.effects VALUES ('seen')", place.schema))).await.unwrap();
+    }
+    assert_eq!(place.rows().await.len(), 5);
+    let lent = written(&place, &store, "kept").await;
+    drop(lent);
+    assert_eq!(store.record(&[(held, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+}
+
+#[tokio::test]
+async fn a_transaction_kept_in_a_task_is_told_and_later_rolled_back() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let lease = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    place.write(&mut tx, "kept").await;
+    let (release, released) = tokio::sync::oneshot::channel::<()>();
+    let keeper = tokio::spawn(async move {
+        let _ended = released.await;
+        drop(tx);
+    });
+    let error = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    drop(lent);
+    release.send(()).unwrap();
+    keeper.await.unwrap();
+    no_transaction_stays_open(&place).await;
+    assert_eq!(place.rows().await.len(), 0);
+}
+
+#[tokio::test]
+async fn a_deferred_constraint_fails_the_commit_and_leaves_nothing() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let lease = lease(&store, consumer, 1).await;
+    let schema = &place.schema;
+    run(
+        &place.owner,
+        format!(
+            "CREATE TABLE {schema}.parents (id int PRIMARY KEY); \
+             CREATE TABLE {schema}.children (parent int REFERENCES {schema}.parents DEFERRABLE INITIALLY DEFERRED)"
+        ),
+    )
+    .await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    tx.execute(AssertSqlSafe(format!("INSERT INTO {schema}.children VALUES (1)"))).await.unwrap();
+    drop(tx);
+    assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    let error = store.commit(lent).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    assert_eq!(status(&store, 1).await, Some(Status::Claimed));
+}
+
+/// The pool is exhausted: `begin` answers in bounded time and waits for nobody for ever.
+#[tokio::test]
+async fn beginning_is_bounded_in_time() {
+    let place = Place::fresh().await;
+    let store = PostgresStore::builder(pool_of(server(), 2)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let taken = [store.begin().await.unwrap(), store.begin().await.unwrap()];
+    let begun = tokio::time::timeout(Duration::from_secs(15), store.begin()).await.expect("an answer");
+    let error = begun.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    drop(taken);
+    store.begin().await.unwrap();
+}
+
+async fn through_a_proxy(place: &Place) -> (Proxy, PostgresStore, hapax::ConsumerId) {
+    let upstream = format!("{}:{}", server().get_host(), server().get_port());
+    let proxy = Proxy::start(upstream).await.unwrap();
+    let options = server().host("127.0.0.1").port(proxy.address().port());
+    let store = PostgresStore::builder(pool_of(options, 4)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    (proxy, store, consumer)
+}
+
+/// The commit took place and its answer was lost: the caller is told that it does not know, asks again with the same
+/// token, and the effect is there once.
+#[tokio::test]
+async fn a_commit_whose_answer_is_lost_is_unknown_and_takes_effect_once() {
+    let place = Place::fresh().await;
+    let (proxy, store, consumer) = through_a_proxy(&place).await;
+    let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
+    let mut lent = written(&place, &store, "once").await;
+    assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    proxy.cut_after_request(After::Reply);
+    let error = store.commit(lent).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
+    assert!(proxy.resets() > 0, "the answer was lost, and nothing else");
+    proxy.heal();
+    let again = claim(&store, consumer, 1, 11).await;
+    assert!(matches!(again, Claim::Processed { .. }), "{again:?}");
+    assert_eq!(place.rows().await, ["once"]);
+}
+
+/// The commit did not arrive: the same token is granted the same lease, and the handler runs again.
+#[tokio::test]
+async fn a_commit_that_never_arrived_leaves_nothing_and_the_lease_as_it_was() {
+    let place = Place::fresh().await;
+    let (proxy, store, consumer) = through_a_proxy(&place).await;
+    let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
+    let mut lent = written(&place, &store, "lost").await;
+    store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap();
+    proxy.drop_connections();
+    proxy.resets_reach(1).await;
+    assert_eq!(store.commit(lent).await.unwrap_err().kind(), ErrorKind::Unknown);
+    no_transaction_stays_open(&place).await;
+    let again = store.claim(&[request(consumer, 1, 11)], LEASE).await;
+    let again = match again {
+        Ok(answers) => answers,
+        // The line that was kept was cut as well.
+        Err(_) => store.claim(&[request(consumer, 1, 11)], LEASE).await.unwrap(),
+    };
+    assert!(matches!(&again[0], Claim::Granted(same, _) if *same == lease), "{again:?}");
+    assert_eq!(place.rows().await.len(), 0);
+}
+
+/// Claims and records whose answers are lost are asked again as they were.
+#[tokio::test]
+async fn a_batch_whose_answer_is_lost_can_be_asked_again() {
+    let place = Place::fresh().await;
+    let (proxy, store, consumer) = through_a_proxy(&place).await;
+    proxy.cut_after_request(After::Reply);
+    let batch = [request(consumer, 1, 1), request(consumer, 2, 2)];
+    assert!(store.claim(&batch, LEASE).await.unwrap_err().is_retryable());
+    proxy.heal();
+    let claims = store.claim(&batch, LEASE).await.unwrap();
+    let held: Vec<_> = claims
+        .iter()
+        .map(|claim| match claim {
+            Claim::Granted(lease, None) if lease.attempt == 1 => *lease,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let outcomes = [(held[0], Outcome::Processed), (held[1], fixture::failed())];
+    proxy.cut_after_request(After::Reply);
+    assert!(store.record(&outcomes).await.unwrap_err().is_retryable());
+    proxy.heal();
+    assert_eq!(store.record(&outcomes).await.unwrap(), [Recorded::AlreadyDone; 2]);
+}
+
+/// A server that neither answers nor closes: the call ends by itself, and its connection is not used again.
+#[tokio::test]
+async fn a_server_that_does_not_answer_ends_the_call() {
+    let place = Place::fresh().await;
+    let upstream = format!("{}:{}", server().get_host(), server().get_port());
+    let proxy = Proxy::start(upstream).await.unwrap();
+    let options = server().host("127.0.0.1").port(proxy.address().port());
+    let builder = PostgresStore::builder(pool_of(options, 4)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = builder.statement_timeout(Duration::from_millis(100)).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    proxy.freeze();
+    let asked = tokio::time::timeout(Duration::from_secs(10), store.claim(&[request(consumer, 1, 1)], LEASE)).await;
+    let error = asked.expect("a deadline").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
+    proxy.drop_connections();
+    proxy.heal();
+    assert!(matches!(claim(&store, consumer, 1, 1).await, Claim::Granted(..)));
+}
+
+/// A handler's types: what the documentation shows compiles.
+#[tokio::test]
+async fn queries_run_on_the_transaction_by_reference() {
+    let place = Place::fresh().await;
+    let store = place.store().await;
+    async fn one(mut tx: PgTx) -> Result<i32, sqlx::Error> {
+        sqlx::query_scalar("SELECT 1").persistent(false).fetch_one(&mut *tx).await
+    }
+    let (tx, lent) = store.begin().await.unwrap();
+    assert_eq!(one(tx).await.unwrap(), 1);
+    drop(lent);
+}
