@@ -157,7 +157,8 @@ async fn batches(name: &str, batch: usize, remembered: usize, arguments: &Argume
                 items.fetch_add(*batch, Ordering::Relaxed);
             }
         };
-        let with = |builder: hapax::ConsumerBuilder<(), PostgresStore>| builder.on_any(noop).observer(Arc::new(observer));
+        let with =
+            |builder: hapax::ConsumerBuilder<(), PostgresStore>| builder.on_any(noop).observer(Arc::new(observer));
         costs.push(consume(&plan, store.clone(), round * events, with).await);
     }
     let records = place.number("SELECT count(*) FROM {schema}.hapax_record").await;

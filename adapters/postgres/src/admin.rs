@@ -48,7 +48,9 @@ fn key_of(key: EventKey, out: &mut String) {
 impl StoreAdmin for PostgresStore {
     async fn look_up(&self, consumer: &str, key: EventKey) -> Result<Option<RecordView>> {
         let looked = self.admin(|place, out| {
-            out.push_str(&format!("SELECT {COLUMNS} FROM {place}.hapax_record AS r WHERE r.state < {FORGOTTEN} AND r.key = "));
+            out.push_str(&format!(
+                "SELECT {COLUMNS} FROM {place}.hapax_record AS r WHERE r.state < {FORGOTTEN} AND r.key = "
+            ));
             key_of(key, out);
             out.push_str(" AND r.consumer = ");
             number_of(place, consumer, out);

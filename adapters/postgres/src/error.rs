@@ -74,7 +74,9 @@ impl Fault {
     pub(crate) fn at_commit(self) -> Self {
         match self.code().as_deref() {
             // Deferred constraints and the like: what the handler wrote is refused.
-            Some(code) if code.starts_with("23") || code.starts_with("22") => Self { kind: ErrorKind::Rejected, ..self },
+            Some(code) if code.starts_with("23") || code.starts_with("22") => {
+                Self { kind: ErrorKind::Rejected, ..self }
+            }
             Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED | code::IN_FAILED_TRANSACTION) => self,
             _ => Self { kind: ErrorKind::Unknown, ..self },
         }
@@ -144,7 +146,8 @@ mod tests {
 
     #[test]
     fn what_passes_by_itself_is_asked_again_and_what_an_item_causes_is_rejected() {
-        for passing in ["40001", "40P01", "55P03", "57014", "57P01", "57P03", "08006", "08P01", "53300", "53100", "25006"]
+        for passing in
+            ["40001", "40P01", "55P03", "57014", "57P01", "57P03", "08006", "08P01", "53300", "53100", "25006"]
         {
             assert_eq!(kind_of(passing), ErrorKind::Unavailable, "{passing}");
         }

@@ -38,9 +38,13 @@ pub(crate) async fn probe(store: &PostgresStore) -> Result<StoreHealth, Fault> {
     let behind: Option<i64> = row.try_get(7)?;
     health.trouble = match (store.sweep_fault(), behind) {
         (Some(fault), _) => Some(format!("the sweep failed: {}", fault.during("sweep")).into()),
-        (None, Some(micros)) if micros > 0 => {
-            Some(format!("the server's clock is {} s behind what it was: leases and retries last longer", micros / 1_000_000).into())
-        }
+        (None, Some(micros)) if micros > 0 => Some(
+            format!(
+                "the server's clock is {} s behind what it was: leases and retries last longer",
+                micros / 1_000_000
+            )
+            .into(),
+        ),
         _ => None,
     };
     Ok(health)

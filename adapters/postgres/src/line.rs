@@ -105,8 +105,7 @@ impl Lines {
     fn give_back(&self, mut kept: Kept) {
         kept.used = Instant::now();
         let mut all = self.kept();
-        let stays =
-            all.len() < self.kept_max && kept.taken.elapsed() < KEPT_FOR_MAX && !self.pool.is_closed();
+        let stays = all.len() < self.kept_max && kept.taken.elapsed() < KEPT_FOR_MAX && !self.pool.is_closed();
         if stays {
             all.push(kept);
         }
@@ -140,7 +139,10 @@ impl Drop for Lines {
 
 impl fmt::Debug for Lines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lines").field("kept_max", &self.kept_max).field("deadline", &self.deadline).finish_non_exhaustive()
+        f.debug_struct("Lines")
+            .field("kept_max", &self.kept_max)
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
     }
 }
 
@@ -170,7 +172,9 @@ fn check_own(replies: &Replies) -> Result<(), Fault> {
     let told = told.filter_map(|row| row.try_get::<bool, _>("is_own").ok());
     match told.reduce(|_, own| own) {
         Some(false) => {
-            tracing::warn!("a connection of the pool was handed out inside a transaction that nobody ended; closing it");
+            tracing::warn!(
+                "a connection of the pool was handed out inside a transaction that nobody ended; closing it"
+            );
             Err(Fault::unavailable("a connection of the pool was inside somebody's transaction, and is closed"))
         }
         Some(true) | None => Ok(()),

@@ -154,7 +154,8 @@ fn compare(name: &str, found: Option<&Table>, schema: &Schema) -> Result<(), Fau
             None => return refuse(format!("table {place}.{name} has no column {column}")),
         }
     }
-    if let Some((other, ..)) = found.columns.iter().find(|(name, ..)| columns.iter().all(|(column, ..)| name != column)) {
+    if let Some((other, ..)) = found.columns.iter().find(|(name, ..)| columns.iter().all(|(column, ..)| name != column))
+    {
         return refuse(format!("table {place}.{name} has a column {other} that hapax does not know"));
     }
     for key in keys {

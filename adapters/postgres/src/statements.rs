@@ -78,7 +78,8 @@ impl Statements {
         let (frame, items) = (include_str!("../sql/frame.sql"), include_str!("../sql/items.sql"));
         let fresh = include_str!("../sql/fresh.sql");
         let whole = |sql| {
-            let constant = [("frame", frame), ("items", items), ("fresh", fresh), ("schema", &*schema), ("version", &*version)];
+            let constant =
+                [("frame", frame), ("items", items), ("fresh", fresh), ("schema", &*schema), ("version", &*version)];
             Template::new(sql, &constant)
         };
         Self {
@@ -197,7 +198,9 @@ impl Statements {
         let mut out = self.begun(&ids, within, 512 + batch.len() * 100);
         statement.write(&mut out, |hole, out| match hole {
             "fences" => list(out, batch, |out, (held, _)| number(out, fence(held))),
-            "attempts" => list(out, batch, |out, (held, _)| number(out, i64::from(held.attempt).min(i64::from(i32::MAX)))),
+            "attempts" => {
+                list(out, batch, |out, (held, _)| number(out, i64::from(held.attempt).min(i64::from(i32::MAX))))
+            }
             "states" => list(out, batch, |out, (_, outcome)| number(out, i64::from(target(outcome)))),
             "afters" => list(out, batch, |out, (_, outcome)| match outcome {
                 Outcome::Failed { after, .. } => number(out, micros(*after)),

@@ -148,7 +148,8 @@ mod tests {
 
     #[test]
     fn holes_are_filled_and_brackets_of_arrays_stay() {
-        let template = Template::new("-- a comment {keys}\nSELECT {frame}\n  FROM x('{{keys}}', '{1,2}')", &[("frame", "f()")]);
+        let template =
+            Template::new("-- a comment {keys}\nSELECT {frame}\n  FROM x('{{keys}}', '{1,2}')", &[("frame", "f()")]);
         assert_eq!(rendered(&template), "SELECT f() FROM x('{KEYS}', '{1,2}')");
     }
 
