@@ -15,7 +15,7 @@ use hapax::{
 };
 use hapax_redis::RedisStore;
 use hapax_testkit::servers::Server;
-use store_fixture::{open, shared_store};
+use store_fixture::{open, server, unique};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const KEYS: usize = 12;
@@ -40,9 +40,19 @@ struct History {
 
 #[tokio::test]
 async fn the_scripts_answer_as_the_specification() {
-    let store = shared_store(&Server::Redis.url()).await;
+    follow(0..80, 1).await;
+}
+
+#[tokio::test]
+async fn divided_batches_are_answered_as_the_specification() {
+    follow(80..120, 4).await;
+}
+
+async fn follow(seeds: std::ops::Range<u64>, partitions: u16) {
+    let builder = RedisStore::builder(server(&Server::Redis.url())).prefix(unique()).partitions(partitions);
+    let store = builder.connect().await.unwrap();
     let consumer = open(&store).await;
-    for seed in 0..150 {
+    for seed in seeds {
         let key = |n: usize| EventKey::of("billing", &format!("history {seed}"), &n.to_string());
         let events = (0..KEYS).map(|n| (key(n), Event::default())).collect();
         let random = fastrand::Rng::with_seed(seed);

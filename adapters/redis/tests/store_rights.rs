@@ -1,5 +1,5 @@
 //! The conformance suite under the rights that docs/redis.md grants the store, and no others: each case on a server of its
-//! own, so that no other test's user is in the way.
+//! own, so that no other test's user is in the way, and with several partitions, so that batches are divided.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod store_fixture;
@@ -33,7 +33,7 @@ impl Restricted {
         let private = Private::start(&[]).await;
         private.ask::<()>(&documented_rights().replace("<password>", "pw")).await;
         let url = format!("redis://hapax-store:pw@127.0.0.1:{}", private.port());
-        let first = RedisStore::builder(server(&url)).connect().await.unwrap();
+        let first = RedisStore::builder(server(&url)).partitions(4).connect().await.unwrap();
         let health = first.probe().await.unwrap();
         assert!(health.trouble.is_none_or(|told| told.contains("appendfsync is unknown")));
         Self { _server: private, url, first }
@@ -43,7 +43,7 @@ impl Restricted {
 #[async_trait]
 impl StoreFixture for Restricted {
     const CLOCK: Clock = Clock::Real;
-    const UNIT: Duration = Duration::from_millis(80);
+    const UNIT: Duration = Duration::from_millis(120);
 
     async fn store(&self) -> Arc<dyn ProcessedStore> {
         Arc::new(self.first.clone())
