@@ -66,7 +66,8 @@ async fn every_event_takes_effect_once_over_crashes_of_the_server() {
         }
     }
     let builder = Consumer::builder("billing", broker, store.clone()).on_any_tx(effect);
-    let builder = builder.order(Order::Unordered).concurrency(8).lease(Duration::from_secs(3)).require(Level::ExactlyOnceEffect);
+    let builder =
+        builder.order(Order::Unordered).concurrency(8).lease(Duration::from_secs(3)).require(Level::ExactlyOnceEffect);
     let consumer = builder.call_timeout(Duration::from_secs(1)).build().await.unwrap();
     let handle = consumer.handle();
     let running = tokio::spawn(consumer.run(std::future::pending()));

@@ -128,7 +128,8 @@ async fn a_table_dropped_in_mid_life_is_told() {
 async fn rights_that_are_missing_are_named_with_the_grant() {
     let place = Place::fresh().await;
     let (schema, role) = (&place.schema, format!("poor_{}", place.schema));
-    run(&place.owner, format!("CREATE ROLE {role} LOGIN PASSWORD 'poor'; GRANT USAGE ON SCHEMA {schema} TO {role}")).await;
+    run(&place.owner, format!("CREATE ROLE {role} LOGIN PASSWORD 'poor'; GRANT USAGE ON SCHEMA {schema} TO {role}"))
+        .await;
     let everything = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}");
     run(&place.owner, format!("{everything}; REVOKE UPDATE ON {schema}.hapax_record FROM {role}")).await;
     let pool = pool_of(server().username(&role).password("poor"), 2);
@@ -163,7 +164,8 @@ async fn a_server_that_takes_no_writes_is_refused() {
 async fn a_session_that_becomes_read_only_is_out_of_reach() {
     use hapax_postgres::sqlx::Executor;
     let place = Place::fresh().await;
-    let store = PostgresStore::builder(pool_of(server(), 1)).schema(&*place.schema).sweep_every(std::time::Duration::ZERO);
+    let store =
+        PostgresStore::builder(pool_of(server(), 1)).schema(&*place.schema).sweep_every(std::time::Duration::ZERO);
     let store = store.connect().await.unwrap();
     let consumer = store.open("billing", RETENTION).await.unwrap();
     store.pool().execute("SET default_transaction_read_only = on").await.unwrap();

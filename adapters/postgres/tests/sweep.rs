@@ -23,7 +23,9 @@ async fn a_sweep_removes_only_terminal_records_that_are_old_enough() {
     let longer = store.open("audit", RETENTION * 100).await.unwrap();
     process(&store, consumer, 0..3).await;
     process(&store, longer, 10..12).await;
-    for (n, outcomes) in [(3, vec![failed()]), (4, vec![doomed()]), (5, vec![doomed(), Outcome::DeadLettered]), (6, vec![])] {
+    for (n, outcomes) in
+        [(3, vec![failed()]), (4, vec![doomed()]), (5, vec![doomed(), Outcome::DeadLettered]), (6, vec![])]
+    {
         let lease = lease(&store, consumer, n).await;
         for outcome in outcomes {
             store.record(&[(lease, outcome)]).await.unwrap();
@@ -40,7 +42,15 @@ async fn a_sweep_removes_only_terminal_records_that_are_old_enough() {
     let swept = store.sweep(1_000).await.unwrap();
     // Three processed, one doomed, one dead-lettered, one forgotten.
     assert_eq!((swept.removed, swept.more), (6, false));
-    for (n, status) in [(0, None), (3, Some(Status::Waiting)), (4, None), (5, None), (6, Some(Status::Claimed)), (7, None), (8, Some(Status::Processed))] {
+    for (n, status) in [
+        (0, None),
+        (3, Some(Status::Waiting)),
+        (4, None),
+        (5, None),
+        (6, Some(Status::Claimed)),
+        (7, None),
+        (8, Some(Status::Processed)),
+    ] {
         let found = store.look_up("billing", key(n)).await.unwrap().map(|view| view.status);
         assert_eq!(found, status, "event {n}");
     }
@@ -108,7 +118,8 @@ async fn a_locked_record_is_passed_over() {
     let mut other = place.owner.begin().await.unwrap();
     let lock = format!("SELECT 1 FROM {}.hapax_record WHERE key = '{}' FOR UPDATE", place.schema, key(3).to_hex());
     other.execute(AssertSqlSafe(lock)).await.unwrap();
-    let swept = tokio::time::timeout(Duration::from_secs(5), store.sweep(100)).await.expect("it does not wait").unwrap();
+    let swept =
+        tokio::time::timeout(Duration::from_secs(5), store.sweep(100)).await.expect("it does not wait").unwrap();
     assert_eq!(swept.removed, 9);
     other.rollback().await.unwrap();
     assert_eq!(store.sweep(100).await.unwrap().removed, 1);

@@ -138,7 +138,11 @@ async fn a_handler_dropped_at_any_moment_leaves_no_open_transaction() {
     assert_eq!(place.rows().await.len(), 0);
     // And no connection of the pool is inside one without knowing it.
     for _ in 0..5 {
-        place.pool.execute(AssertSqlSafe(format!("INSERT INTO {}.effects VALUES ('seen')", place.schema))).await.unwrap();
+        place
+            .pool
+            .execute(AssertSqlSafe(format!("INSERT INTO {}.effects VALUES ('seen')", place.schema)))
+            .await
+            .unwrap();
     }
     assert_eq!(place.rows().await.len(), 5);
     let lent = written(&place, &store, "kept").await;

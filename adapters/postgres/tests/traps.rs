@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fixture::{
-    Bouncer, LEASE, Place, RETENTION, Through, claim, failed, key, lease, leases, number, pool_of, process, request, run,
-    server,
+    Bouncer, LEASE, Place, RETENTION, Through, claim, failed, key, lease, leases, number, pool_of, process, request,
+    run, server,
 };
 use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded, Renewal};
 use hapax_postgres::PostgresStore;
@@ -209,7 +209,10 @@ async fn a_batch_swallowed_by_somebodys_open_transaction_is_not_believed() {
     drop(connection);
     let swallowed = store.claim(&[request(consumer, 1, 1)], LEASE).await.unwrap_err();
     assert_eq!(swallowed.kind(), ErrorKind::Unavailable, "{swallowed}");
-    assert!(matches!(claim(&store, consumer, 1, 2).await, Claim::Granted(..)), "the next one is, on another connection");
+    assert!(
+        matches!(claim(&store, consumer, 1, 2).await, Claim::Granted(..)),
+        "the next one is, on another connection"
+    );
     let other = place.store().await;
     assert!(matches!(claim(&other, consumer, 1, 3).await, Claim::Held { .. }), "and it was committed");
 }
@@ -281,7 +284,9 @@ async fn a_consumer_of_another_database_is_refused_and_nothing_is_written() {
 async fn any_text_can_be_the_trouble() {
     let place = Place::fresh().await;
     let (store, consumer) = place.opened().await;
-    for (n, text) in ["'; DROP TABLE hapax_record; --", "nul \0 and \\ and \"", "", "日本語 \u{1f980}", "{,}"].iter().enumerate() {
+    for (n, text) in
+        ["'; DROP TABLE hapax_record; --", "nul \0 and \\ and \"", "", "日本語 \u{1f980}", "{,}"].iter().enumerate()
+    {
         let held = lease(&store, consumer, n as u64).await;
         let trouble = hapax::Trouble { id: (*text).into(), error: (*text).into() };
         let outcome = Outcome::Failed { after: Duration::ZERO, counted: true, trouble };
