@@ -7,6 +7,7 @@ use std::time::Duration;
 use hapax::{Error, ErrorKind, Result};
 
 use super::RedisBroker;
+use super::consuming::PARKING;
 use super::places::{Place, check_name, check_slots};
 use crate::connect::RedisServer;
 
@@ -204,6 +205,9 @@ impl RedisBrokerBuilder {
         if self.group.contains(['{', '}']) {
             faults.push("group: a group has no hash tag".into());
         }
+        if self.member.as_deref() == Some(PARKING) {
+            faults.push(format!("member: {PARKING} is the name for what was given back"));
+        }
         let mut streams = self.streams.clone();
         streams.sort_unstable();
         streams.dedup();
@@ -232,5 +236,31 @@ impl fmt::Debug for RedisBrokerBuilder {
             .field("member", &self.member)
             .field("take_over_after", &self.take_over_after)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder(stream: &str) -> RedisBrokerBuilder {
+        let url = "redis://127.0.0.1".parse().expect("a url");
+        RedisBroker::builder(RedisServer::at(url).expect("a server"), stream, "g")
+    }
+
+    #[test]
+    fn every_fault_is_told_at_once() {
+        let built = builder("a b").and("orders").and("orders").member(PARKING).dead_letters("orders");
+        let error = built.take_over_after(Duration::ZERO).build().expect_err("it has faults");
+        assert_eq!(error.kind(), ErrorKind::Configuration);
+        for fault in ["stream:", "each stream once", "member:", "dead_letters:", "take_over_after:"] {
+            assert!(error.to_string().contains(fault), "{fault} in {error}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_in_order() {
+        let broker = builder("orders").build().expect("no fault");
+        assert_eq!(broker.dead_letter_streams(), ["{orders}.g.dead"]);
     }
 }
