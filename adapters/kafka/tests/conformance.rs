@@ -28,7 +28,7 @@ impl KafkaTopic {
 #[async_trait]
 impl BrokerFixture for KafkaTopic {
     const CLOCK: Clock = Clock::Real;
-    const UNIT: Duration = Duration::from_millis(500);
+    const UNIT: Duration = Duration::from_millis(350);
 
     async fn broker(&self) -> Arc<dyn Broker> {
         Arc::new(self.0.broker())

@@ -1,8 +1,8 @@
 //! What the tests against Apache Kafka share: topics and groups that nobody else uses, and a look at what is really there.
 #![allow(dead_code, reason = "each test binary takes what it needs")]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -53,6 +53,7 @@ pub(crate) struct Topic {
     pub(crate) partitions: u16,
     pub(crate) properties: Vec<(&'static str, &'static str)>,
     pub(crate) step: Duration,
+    publisher: OnceLock<KafkaPublisher>,
 }
 
 impl Topic {
@@ -70,6 +71,7 @@ impl Topic {
             partitions,
             properties,
             step: Duration::from_secs(5),
+            publisher: OnceLock::new(),
         }
     }
 
@@ -121,7 +123,9 @@ impl Topic {
     }
 
     pub(crate) fn publisher(&self) -> KafkaPublisher {
-        KafkaPublisher::builder(self.url.clone()).topic(self.topic.as_str()).build().expect("good settings")
+        let made = || KafkaPublisher::builder(self.url.clone()).topic(self.topic.as_str()).build();
+        // A new producer waits half a second for its first number (librdkafka).
+        self.publisher.get_or_init(|| made().expect("good settings")).clone()
     }
 
     /// The topic, before any member asks for it.
