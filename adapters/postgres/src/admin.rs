@@ -6,14 +6,18 @@ use async_trait::async_trait;
 use hapax::{EventKey, Reason, RecordView, Result, Status, StoreAdmin, Swept, Trouble};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
+use tokio::time::Instant;
 
 use crate::error::Fault;
 use crate::line::Replies;
 use crate::rows;
 use crate::statements::{FORGOTTEN, state_number};
 use crate::store::PostgresStore;
-use crate::sweep::{self, REMOVED_A_STEP};
+use crate::sweep::{self, PAGES_A_STEP, REMOVED_A_STEP};
 use crate::template::{number, text, uuid};
+
+/// How long another's step is waited for.
+const TURN_MAX: Duration = Duration::from_secs(30);
 
 const COLUMNS: &str = "r.key, r.consumer, r.state, r.fence, r.attempt, r.crashes, \
     abs(r.time - (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) \
@@ -99,19 +103,24 @@ impl PostgresStore {
     /// Walks the whole table once, from where the last sweep stopped. Waits its turn while another sweeps.
     async fn swept(&self, limit: usize) -> std::result::Result<Swept, Fault> {
         let mut swept = Swept::default();
-        let mut walked = 0;
+        let (mut walked, mut begun) = (0, Instant::now());
         loop {
             let left = limit.saturating_sub(usize::try_from(swept.removed).unwrap_or(usize::MAX));
             if left == 0 {
                 // More may be due: only a walk to the end would tell.
                 return Ok(Swept { more: true, ..swept });
             }
-            let Some(step) = sweep::step(self.lines(), self.statements(), left.min(REMOVED_A_STEP)).await? else {
+            let step = sweep::step(self.lines(), self.statements(), PAGES_A_STEP, left.min(REMOVED_A_STEP)).await?;
+            let Some(step) = step else {
+                if begun.elapsed() > TURN_MAX {
+                    return Err(Fault::unavailable(format!("another replica has been sweeping for {TURN_MAX:?}")));
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             };
+            begun = Instant::now();
             swept.removed += step.removed;
-            walked += step.next_page - step.first_page;
+            walked += step.walked();
             if walked >= step.pages {
                 return Ok(swept);
             }

@@ -18,11 +18,12 @@ use crate::template::Schema;
 /// How often a step is tried.
 pub const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
-/// Blocks of 8 KiB in one step.
+/// Blocks of 8 KiB in one step at most, and at least.
 pub(crate) const PAGES_A_STEP: u64 = 2_048;
+const PAGES_A_STEP_MIN: u64 = 128;
 /// Records removed in one step.
 pub(crate) const REMOVED_A_STEP: usize = 10_000;
-/// Steps one after the other while there is much to remove or to look at.
+/// Steps of one turn at most, where there is much to remove or to look at.
 const STEPS_MAX: usize = 64;
 /// The share of the shortest retention in which the table is walked once.
 const WALKS_A_RETENTION: u32 = 8;
@@ -38,13 +39,24 @@ pub(crate) struct Step {
 
 impl Step {
     /// Whether the end of the table was reached.
-    pub(crate) fn is_last(&self) -> bool {
+    fn is_last(&self) -> bool {
         self.next_page >= self.pages
+    }
+
+    /// How many blocks that are there were looked at.
+    pub(crate) fn walked(&self) -> u64 {
+        self.next_page.min(self.pages).saturating_sub(self.first_page)
     }
 }
 
-pub(crate) async fn step(lines: &Lines, statements: &Statements, limit: usize) -> Result<Option<Step>, Fault> {
-    let replies = lines.ask(statements.sweep(PAGES_A_STEP, limit)).await?;
+/// Looks at the next `pages` blocks and removes at most `limit` records.
+pub(crate) async fn step(
+    lines: &Lines,
+    statements: &Statements,
+    pages: u64,
+    limit: usize,
+) -> Result<Option<Step>, Fault> {
+    let replies = lines.ask(statements.sweep(pages, limit)).await?;
     let Some(row) = replies.last().and_then(|rows| rows.first()) else { return Ok(None) };
     let number = |column| Ok::<_, Fault>(u64::try_from(row.try_get::<i64, _>(column)?).unwrap_or_default());
     Ok(Some(Step { first_page: number(0)?, next_page: number(1)?, pages: number(2)?, removed: number(3)? }))
@@ -91,11 +103,14 @@ impl Sweeper {
             replies.first().and_then(|rows| rows.first()).map(|row| row.try_get(0)).transpose()?.flatten();
         let Some(retention) = retention.and_then(|micros| u64::try_from(micros).ok()) else { return Ok(()) };
         let turns = (Duration::from_micros(retention) / WALKS_A_RETENTION).div_duration_f64(every).max(1.0);
-        for done in 0..STEPS_MAX {
-            let Some(step) = step(&self.lines, &self.statements, REMOVED_A_STEP).await? else { return Ok(()) };
-            let due = (step.pages as f64 / turns / PAGES_A_STEP as f64).ceil() as usize;
+        let (mut walked, mut due) = (0, PAGES_A_STEP_MIN);
+        for _ in 0..STEPS_MAX {
+            let pages = due.saturating_sub(walked).clamp(PAGES_A_STEP_MIN, PAGES_A_STEP);
+            let Some(step) = step(&self.lines, &self.statements, pages, REMOVED_A_STEP).await? else { return Ok(()) };
+            walked += step.walked();
+            due = (step.pages as f64 / turns).ceil() as u64;
             // At the end of the table, or far enough for this turn and nothing much to remove.
-            if step.is_last() || (done + 1 >= due && step.removed < REMOVED_A_STEP as u64) {
+            if step.is_last() || (walked >= due && step.removed < REMOVED_A_STEP as u64) {
                 return Ok(());
             }
         }
