@@ -420,6 +420,7 @@ mod tests {
         for client in [Client::Consumer, Client::Producer, Client::Admin] {
             assert_eq!(value(client, "socket.keepalive.enable").as_deref(), Some("true"));
             assert_eq!(value(client, "client.rack").as_deref(), Some("b/1"));
+            assert_eq!(value(client, "allow.auto.create.topics").as_deref(), Some("false"), "nor does a sender create");
         }
         let (_, faults) = read("kafka://a", &[("fetch.min.bits", "17")]);
         assert!(faults[0].contains("`fetch.min.bits`"), "{faults:?}");
