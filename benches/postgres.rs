@@ -90,7 +90,7 @@ impl Place {
                 "INSERT INTO {{schema}}.hapax_record \
                  (time, fence, consumer, attempt, crashes, state, key, fingerprint) \
                  SELECT t, t, 1, 1, 0, 3, gen_random_uuid(), gen_random_uuid() \
-                 FROM (SELECT (extract(epoch FROM now()) * 1000000)::bigint - ({records} - n) * 1000 AS t \
+                 FROM (SELECT (extract(epoch FROM now()) * 1000000)::bigint - ({records} - n) * bigint '1000' AS t \
                  FROM generate_series({first}, {most} - 1) AS n) AS past"
             ))
             .await;
