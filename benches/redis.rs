@@ -131,6 +131,13 @@ impl Bench {
         redis::cmd("INFO").arg(section).query_async(&mut connection).await.ok()
     }
 
+    /// Microseconds of CPU time that the server has used.
+    async fn cpu_us(&self) -> f64 {
+        let info = self.info("cpu").await.expect("the server tells its time");
+        let seconds = |name| info.get::<f64>(name).unwrap_or_default();
+        (seconds("used_cpu_user") + seconds("used_cpu_sys")) * 1e6
+    }
+
     async fn used_memory(&self) -> u64 {
         self.info("memory").await.and_then(|info| info.get("used_memory")).expect("the server tells its memory")
     }
@@ -189,9 +196,9 @@ async fn calls(
 ) {
     let store = bench.store(name).await;
     remember(&store, remembered).await;
-    let mut rates = Vec::new();
+    let (mut rates, mut server_us) = (Vec::new(), Vec::new());
     for round in 0..arguments.rounds {
-        let begun = Instant::now();
+        let (begun, before) = (Instant::now(), bench.cpu_us().await);
         let share = arguments.events / at_once;
         let tasks: Vec<_> = (0..at_once)
             .map(|task| {
@@ -203,8 +210,9 @@ async fn calls(
             task.await.expect("no panic");
         }
         rates.push((at_once * share) as f64 / begun.elapsed().as_secs_f64());
+        server_us.push((bench.cpu_us().await - before) / (at_once * share) as f64);
     }
-    report(name, &Spread::of(rates), figures);
+    report(name, &Spread::of(rates), &Spread::of(server_us), figures);
 }
 
 async fn claim_and_record(store: RedisStore, first: usize, events: usize, batch: usize) {
@@ -244,20 +252,30 @@ async fn pipeline(
     let store = bench.store(name).await;
     remember(&store, remembered).await;
     let plan = Plan { batch, ..Plan::of(arguments.events, 2 * batch) };
-    let mut costs = Vec::new();
+    let (mut costs, mut server_us) = (Vec::new(), Vec::new());
     for round in 0..arguments.rounds {
-        let first = round * arguments.events;
+        let (first, before) = (round * arguments.events, bench.cpu_us().await);
         costs.push(consume(&plan, store.clone(), first, |builder| builder.on_any(noop)).await);
+        server_us.push((bench.cpu_us().await - before) / arguments.events as f64);
     }
-    report(name, &Spread::of(costs.iter().map(|cost| cost.events_per_second)), figures);
+    let rate = Spread::of(costs.iter().map(|cost| cost.events_per_second));
+    report(name, &rate, &Spread::of(server_us), figures);
     let cpu = Spread::of(costs.iter().map(|cost| cost.cpu_us));
     println!("{:<28} {:>8.1} us CPU an event in this process", "", cpu.median);
     figures.note(name, "cpu_us", cpu.median);
 }
 
-fn report(name: &str, rate: &Spread, figures: &mut Figures) {
-    println!("{name:<28} {:>8.0} events/s ({:.0}..{:.0}), load average {}", rate.median, rate.least, rate.most, load());
-    figures.note(name, "events_per_second", rate.median);
+/// The server's CPU time tells most where others are at work too: it is one thread, so its inverse is the most there can be.
+fn report(name: &str, rate: &Spread, server_us: &Spread, figures: &mut Figures) {
+    let Spread { median, least, most } = rate;
+    let server_us = server_us.median;
+    println!(
+        "{name:<28} {median:>8.0} events/s ({least:.0}..{most:.0})  {server_us:.1} us CPU an event in the server, load \
+         average {}",
+        load()
+    );
+    figures.note(name, "events_per_second", *median);
+    figures.note(name, "server_cpu_us", server_us);
 }
 
 /// Bytes of a processed record in the server's memory, everything that Redis keeps for it included.
