@@ -16,7 +16,7 @@ use crate::judge::{self, Terms, Verdict};
 use crate::letters::{self, Letter};
 use crate::links::Link;
 use crate::options::{BrokerKind, Options, OrderKind, StoreKind};
-use crate::plan::{self, Side};
+use crate::plan::{self, Fault, Side};
 use crate::producer::{self, Accepted, Producer};
 use crate::report::Report;
 use crate::scribe::Scribe;
@@ -26,6 +26,8 @@ use crate::witness::{TICK, Table, Witness};
 
 /// Longest time to come to rest after all faults.
 const QUIESCE_MAX: Duration = Duration::from_secs(120);
+/// Until a fault is no longer felt.
+const ROOM: Duration = Duration::from_secs(3);
 /// How often workers are looked after.
 const SUPERVISE_EVERY: Duration = Duration::from_millis(500);
 /// Orders that wait for the producer.
@@ -88,7 +90,31 @@ async fn break_things(options: &Options, field: &Arc<Field>, begun: Instant) -> 
     for worker in &field.workers[..field.workers.len() - 1] {
         worker.start(&mut *worker.hold().await).await?;
     }
+    one_by_one(options, field).await
+}
+
+/// Single faults with room around them: only then can be measured how long recovery takes.
+async fn one_by_one(options: &Options, field: &Field) -> Result<(), String> {
+    sleep(ROOM).await;
+    for planned in plan::singles(options) {
+        field.inject(planned).await?;
+        let room = if planned.fault == Fault::Kill { takeover_max(options) } else { resume_max(options) };
+        sleep(room + ROOM).await;
+    }
     Ok(())
+}
+
+/// From a kill until the events run elsewhere.
+fn takeover_max(options: &Options) -> Duration {
+    match options.broker {
+        BrokerKind::Kafka => options.lease().max(KAFKA_SESSION) + KAFKA_REBALANCE,
+        BrokerKind::Redis | BrokerKind::Rabbitmq => options.lease() + Duration::from_secs(1),
+    }
+}
+
+/// From the return of a server until work goes on.
+fn resume_max(options: &Options) -> Duration {
+    Duration::from_secs(if options.broker == BrokerKind::Redis { 5 } else { 10 })
 }
 
 /// Starts workers again that could not start, as whoever runs services does.
@@ -270,7 +296,6 @@ impl Stage {
             quiesce_within: QUIESCE_MAX,
         };
         let verdict = judge::judge(&history, &terms);
-        let kafka = options.broker == BrokerKind::Kafka;
         let lease = options.lease();
         let mut report = Report {
             broker: options.broker.name(),
@@ -290,14 +315,10 @@ impl Stage {
             faults: field.counts.lock().expect("nobody panics while holding it").clone(),
             quiesced,
             takeover: timing::takeover(&history),
-            takeover_max: if kafka {
-                lease.max(KAFKA_SESSION) + KAFKA_REBALANCE
-            } else {
-                lease + Duration::from_secs(1)
-            },
+            takeover_max: takeover_max(options),
             broker_resume: timing::resume(&history, Side::Broker),
             store_resume: timing::resume(&history, Side::Store),
-            resume_max: Duration::from_secs(if options.broker == BrokerKind::Redis { 5 } else { 10 }),
+            resume_max: resume_max(options),
             folder: self.out.display().to_string(),
             ..Report::default()
         };

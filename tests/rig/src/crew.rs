@@ -1,5 +1,6 @@
 //! The worker processes: started, killed, paused, terminated, and listened to.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -26,6 +27,9 @@ const SHUTDOWN_MAX: Duration = Duration::from_secs(32);
 const CANNOT_START: i32 = 2;
 /// Longest time in which a start fails: a few calls with their deadlines.
 const START_MAX: Duration = Duration::from_secs(45);
+
+/// The number of the signal that asks for an end.
+const SIGTERM: i32 = 15;
 
 /// What a supervisor found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,26 +175,30 @@ impl Worker {
     /// servers while one of them is away may end with an error.
     pub(crate) async fn terminate(&self, state: &mut State, is_away: impl Fn() -> bool) -> Result<(), String> {
         let Some((life, mut child, listening)) = state.running.take() else { return Ok(()) };
+        let young = state.since.is_some_and(|since| since.elapsed() < START_MAX);
+        let had_ended = matches!(child.try_wait(), Ok(Some(_)));
         let was_away = is_away();
         signal(&child, "TERM").await;
-        match timeout(SHUTDOWN_MAX, child.wait()).await {
-            Ok(Ok(status)) if status.success() => {
-                let _ = listening.await;
-                self.witness.drain();
+        let ended = timeout(SHUTDOWN_MAX, child.wait()).await;
+        if let Ok(Ok(status)) = &ended
+            && status.success()
+        {
+            let _ = listening.await;
+            self.witness.drain();
+            return Ok(());
+        }
+        // The only error says that it has ended already.
+        let _ = child.kill().await;
+        self.bury(life, listening).await;
+        match ended {
+            Ok(Ok(status)) if status.code() == Some(CANNOT_START) && (was_away || is_away() || had_ended && young) => {
                 Ok(())
             }
-            Ok(Ok(status)) if status.code() == Some(CANNOT_START) && (was_away || is_away()) => {
-                self.bury(life, listening).await;
-                Ok(())
-            }
-            Ok(ended) => {
-                self.bury(life, listening).await;
-                Err(format!("worker {} ended badly after SIGTERM: {ended:?}", life.worker))
-            }
+            // It was told before it could listen.
+            Ok(Ok(status)) if status.signal() == Some(SIGTERM) && young => Ok(()),
+            Ok(ended) => Err(format!("worker {}.{} ended badly after SIGTERM: {ended:?}", life.worker, life.number)),
             Err(_) => {
-                let _ = child.kill().await;
-                self.bury(life, listening).await;
-                Err(format!("worker {} was still there {SHUTDOWN_MAX:?} after SIGTERM", life.worker))
+                Err(format!("worker {}.{} was still there {SHUTDOWN_MAX:?} after SIGTERM", life.worker, life.number))
             }
         }
     }
@@ -215,6 +223,7 @@ impl Worker {
 }
 
 async fn signal(child: &Child, name: &str) {
+    // None when it has ended.
     let Some(pid) = child.id() else { return };
     // Its own pid, and it is our child: the number cannot be another's.
     let sent = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().await;

@@ -179,6 +179,19 @@ pub(crate) fn draw(options: &Options) -> Vec<Planned> {
     plan
 }
 
+/// Faults that come one by one behind the plan: kills, and a restart of each server.
+pub(crate) fn singles(options: &Options) -> Vec<Planned> {
+    let mut rng = Rng::with_seed(!options.seed);
+    let kills = if options.minutes < 5.0 { 1 } else { 4 };
+    let mut faults = vec![Fault::Kill; kills];
+    faults.push(Fault::ServerKill(Side::Broker));
+    if options.store.is_server() {
+        faults.push(Fault::ServerKill(Side::Store));
+    }
+    let planned = |fault| Planned { at: options.faulty(), fault, draw: rng.u64(..) };
+    faults.into_iter().filter(|_| options.only.is_empty()).map(planned).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;

@@ -39,7 +39,14 @@ struct Disturbance {
     to: Duration,
     /// Whom it hits; nobody's number means all.
     worker: Option<u32>,
-    death: bool,
+    what: Of,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Of {
+    Death,
+    Link,
+    Other,
 }
 
 fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
@@ -51,7 +58,7 @@ fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
         let ended = |open: &mut BTreeMap<(u32, &str), Duration>, name| open.remove(&(who, name)).unwrap_or(at);
         let from = match &entry.what {
             What::Crashed => {
-                all.push(Disturbance { from: at, to: at + FELT, worker, death: true });
+                all.push(Disturbance { from: at, to: at + FELT, worker, what: Of::Death });
                 continue;
             }
             What::Paused => {
@@ -68,7 +75,9 @@ fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
             What::Fault { name } if *name == back(Side::Store) => ended(&mut open, away(Side::Store)),
             _ => continue,
         };
-        all.push(Disturbance { from, to: at + FELT, worker, death: false });
+        let what =
+            if matches!(entry.what, What::Fault { name } if name.ends_with(" back")) { Of::Link } else { Of::Other };
+        all.push(Disturbance { from, to: at + FELT, worker, what });
     }
     all
 }
@@ -93,8 +102,13 @@ pub(crate) fn takeover(history: &[Entry]) -> Times {
                 && under_way.remove(key).is_some()
             {
                 let (from, to) = (death.at, entry.at);
-                let own = |d: &Disturbance| d.death && d.from == from && d.worker == Some(death.worker);
-                if disturbances.iter().any(|d| !own(d) && d.from <= to && from <= d.to) {
+                // The death itself; and a link of a third worker, which has no part in it.
+                let aside = |d: &Disturbance| match d.what {
+                    Of::Death => d.from == from && d.worker == Some(death.worker),
+                    Of::Link => d.worker.is_some_and(|worker| worker != entry.worker),
+                    Of::Other => false,
+                };
+                if disturbances.iter().any(|d| !aside(d) && d.from <= to && from <= d.to) {
                     times.disturbed += 1;
                 } else {
                     times.add(to - from);

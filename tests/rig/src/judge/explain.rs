@@ -42,7 +42,7 @@ const LINK_RECOVERY: Duration = Duration::from_secs(2);
 /// Between what happens and the line about it.
 const LATE: Duration = Duration::from_millis(300);
 /// Between a claim and the start of its handler.
-const CLAIM_TO_START: Duration = Duration::from_secs(2);
+const CLAIM_TO_START: Duration = Duration::from_millis(300);
 /// What a store without a sync for each write may lose.
 const TAIL: Duration = Duration::from_secs(2);
 
@@ -125,8 +125,9 @@ struct Run {
     number: u64,
     worker: u32,
     incarnation: u32,
-    /// When it was claimed, as far as can be told.
+    /// When it was claimed, as far as can be told, and when its handler began.
     begin: Duration,
+    started: Duration,
     effects: Vec<Duration>,
 }
 
@@ -186,7 +187,7 @@ fn runs(history: &[Entry], faults: &Faults) -> BTreeMap<EventKey, Vec<Run>> {
         let index = known.unwrap_or_else(|| {
             let (worker, incarnation) = (entry.worker, entry.incarnation);
             let begin = claimed(worker, entry.at, faults);
-            of_key.push(Run { number, worker, incarnation, begin, effects: Vec::new() });
+            of_key.push(Run { number, worker, incarnation, begin, started: entry.at, effects: Vec::new() });
             of_key.len() - 1
         });
         if matches!(entry.what, What::Effect { .. }) {
@@ -208,17 +209,17 @@ fn claimed(worker: u32, started: Duration, faults: &Faults) -> Duration {
 
 /// What kept `run` from recording or renewing until `next` could begin.
 fn excuse(run: &Run, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excuse> {
-    let last = run.effects.last().copied().unwrap_or(next.begin);
+    let last = run.effects.last().copied().unwrap_or(next.started);
     if !has_run_out(run, next, terms) {
         return forgot(last, next, faults, terms);
     }
-    let open = Span { from: run.begin, to: next.begin };
+    let open = Span { from: run.begin, to: next.started };
     let busy = Span { from: run.begin, to: last + RECORD_MAX };
     let is_away =
         |at: Duration| faults.store_away_from(run.worker).any(|span| span.from <= at && at <= span.to + RECORD_MAX);
     if let Some(died) = faults.deaths.get(&(run.worker, run.incarnation))
         && *died + LATE >= run.begin
-        && *died <= next.begin
+        && *died <= next.started
         && (*died <= last + RECORD_MAX || is_away(last))
     {
         return Some(Excuse::Killed);
@@ -226,7 +227,8 @@ fn excuse(run: &Run, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excus
     // Renewed at a third: at least two thirds of the lease are left when a fault begins.
     let short = terms.lease.mul_f64(2.0 / 3.0).saturating_sub(LATE);
     let mut pauses = faults.pauses.get(&run.worker).into_iter().flatten();
-    if pauses.any(|pause| pause.touches(busy) && pause.within(Span { from: Duration::ZERO, to: next.begin }) >= short) {
+    if pauses.any(|pause| pause.touches(busy) && pause.within(Span { from: Duration::ZERO, to: next.started }) >= short)
+    {
         return Some(Excuse::Paused);
     }
     let reaching = Span { from: open.from, to: open.to + LATE };
@@ -238,12 +240,12 @@ fn excuse(run: &Run, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excus
 
 /// Whether the lease of the first can have run out when the next one began.
 fn has_run_out(run: &Run, next: &Run, terms: &Terms) -> bool {
-    next.begin + LATE >= run.begin + terms.lease
+    next.started + LATE >= run.begin + terms.lease
 }
 
 /// Whether the store may have lost the record of what took effect just before it was killed.
 fn forgot(effect: Duration, next: &Run, faults: &Faults, terms: &Terms) -> Option<Excuse> {
     let lost =
-        |killed: Duration| killed + LATE >= effect && killed <= effect + TAIL + RECORD_MAX && killed <= next.begin;
+        |killed: Duration| killed + LATE >= effect && killed <= effect + TAIL + RECORD_MAX && killed <= next.started;
     (terms.forgetful && faults.store_kills.iter().any(|killed| lost(*killed))).then_some(Excuse::StoreForgot)
 }

@@ -166,6 +166,14 @@ fn a_handler_that_begins_after_its_worker_stood_still_had_claimed_before() {
 }
 
 #[test]
+fn a_worker_that_stood_still_and_claims_anew_itself_is_no_exception() {
+    let pen = Pen::default().produced(0, "a").started(10, 0, "a", 1).write(50, 0, What::Paused);
+    let pen = pen.write(6000, 0, What::Resumed).effect(6010, 0, "a", 1).ran(6100, 0, "a", 2).healed(9500);
+    let verdict = pen.judged(&terms());
+    assert_eq!((verdict.unexplained, verdict.explained.values().sum::<usize>()), (0, 1), "{verdict:?}");
+}
+
+#[test]
 fn an_outage_of_the_store_explains_a_duplicate_only_when_it_outlasts_the_lease_and_is_this_workers() {
     let history = |who: u32, from: u64, to: u64| {
         let pen = Pen::default().produced(0, "a").ran(10, 0, "a", 1);
