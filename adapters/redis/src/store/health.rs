@@ -32,10 +32,19 @@ impl Server {
             fields: fields.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             appendfsync: None,
         };
+        server.is_loaded(operation)?;
         if server.field("aof_enabled") == "1" {
             server.appendfsync = ask_appendfsync(link, key, operation).await?;
         }
         Ok(server)
+    }
+
+    /// A server that loads its data answers `INFO` and nothing else, and says that AOF is off as long as that lasts.
+    fn is_loaded(&self, operation: &'static str) -> Result<()> {
+        match self.field("loading") {
+            "1" => Err(Error::new(ErrorKind::Unavailable, operation).because("the server is loading its data")),
+            _ => Ok(()),
+        }
     }
 
     fn field(&self, name: &str) -> &str {
@@ -207,6 +216,13 @@ mod tests {
         }
         let full = server(&[("used_memory", "950"), ("maxmemory", "1000")], Some("always"));
         assert!(health(&[full], false).trouble.is_some_and(|told| told.contains("950 of 1000")));
+    }
+
+    #[test]
+    fn a_server_that_loads_its_data_is_away_and_not_without_aof() {
+        let loading = server(&[("loading", "1"), ("aof_enabled", "0")], None);
+        assert_eq!(loading.is_loaded("probe").expect_err("loading").kind(), ErrorKind::Unavailable);
+        server(&[("loading", "0")], None).is_loaded("probe").expect("loaded");
     }
 
     #[test]
