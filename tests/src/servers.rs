@@ -1,7 +1,11 @@
-//! Where the real servers of a test are: told by variables, never guessed, never skipped.
+//! Where the real servers of a test are: told by variables, never guessed, never skipped; and models of what they do.
 //!
 //! `scripts/brokers up` starts them, `scripts/brokers env` prints the variables. A test that needs a server asks here for
 //! its address; without one it fails with a message that names the command.
+
+pub mod log;
+pub mod queue;
+pub mod stream;
 
 use std::env::VarError;
 

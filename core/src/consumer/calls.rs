@@ -44,7 +44,7 @@ pub(super) type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// The longest wait between two tries of a call to the store.
 pub(super) const STORE_RETRY_MAX: Duration = Duration::from_secs(1);
 /// The longest wait between two tries of a call to the broker.
-const BROKER_RETRY_MAX: Duration = Duration::from_secs(5);
+const BROKER_RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// Waits between tries: from 50 ms, doubling.
 pub(super) fn delays(longest: Duration) -> ExponentialBackoff {

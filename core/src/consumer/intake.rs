@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 
 type Receiving = Pin<Box<dyn Future<Output = Result<Vec<Delivery>>> + Send>>;
 
-/// The longest wait between two tries to receive.
-const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(5);
+/// The longest wait between two tries to receive: a server that is back is seen soon.
+const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// The receive loop of one consumer.
 pub(super) struct Intake {
