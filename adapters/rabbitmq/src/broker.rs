@@ -28,8 +28,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::address::Address;
+use crate::lane::Parcel;
 use crate::link::{self, Link};
-use crate::outlet::{Outlet, Parcel};
+use crate::outlet::{Lanes, Outlet};
 use crate::places::{Place, Places};
 use crate::publisher::RabbitPublisher;
 use crate::settings::{RabbitBrokerBuilder, Settings, Topology};
@@ -56,8 +57,8 @@ const OUTAGE_PATIENCE: Duration = Duration::from_secs(1);
 pub struct RabbitBroker {
     pub(crate) shared: Arc<Shared>,
     outlet: Outlet,
-    /// Wait queues that are known to be there.
-    known: Mutex<BTreeSet<Place>>,
+    /// Places that did not take a message: they may have been deleted.
+    doubted: Mutex<BTreeSet<Place>>,
     running: Mutex<Option<Running>>,
 }
 
@@ -82,9 +83,9 @@ impl RabbitBroker {
     pub(crate) fn new(address: Address, settings: Settings) -> Self {
         let address = Arc::new(address);
         let role = format!("retries and dead letters {}", settings.places.group);
-        let outlet = Outlet::new(Arc::clone(&address), role, settings.answer_timeout);
+        let outlet = Outlet::new(Arc::clone(&address), role, Lanes::EachRoute, settings.answer_timeout);
         let shared = Arc::new(Shared::new(address, settings));
-        Self { shared, outlet, known: Mutex::default(), running: Mutex::default() }
+        Self { shared, outlet, doubted: Mutex::default(), running: Mutex::default() }
     }
 
     /// Creates every queue that the consumer may need, wait queues included; with [`Topology::Check`] looks whether they
@@ -121,8 +122,8 @@ impl RabbitBroker {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known(&self) -> MutexGuard<'_, BTreeSet<Place>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn doubted(&self) -> MutexGuard<'_, BTreeSet<Place>> {
+        self.doubted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn order(&self, order: Order) {
@@ -149,18 +150,22 @@ impl RabbitBroker {
         Ok((place, Parcel { exchange: "".into(), routing_key, properties, body, mandatory: true }))
     }
 
-    /// Publishes to wait queues and dead letters. Where hapax creates queues, one that is missing is created once more.
+    /// Publishes to wait queues and dead letters. Where hapax creates queues, one that was deleted is created at the next try.
     async fn send(&self, parcels: &[(Place, Parcel)]) -> Vec<Result<()>> {
-        let missing: BTreeSet<Place> = parcels.iter().map(|(place, _)| *place).collect();
         let mut answers: Vec<Result<()>> = parcels.iter().map(|_| Ok(())).collect();
-        for place in missing {
-            if self.shared.settings.topology == Topology::Create && !self.known().contains(&place) {
-                match self.outlet.ensure(self.places(), place, Topology::Create).await {
-                    Ok(()) => drop(self.known().insert(place)),
-                    Err(error) => {
-                        let failed = parcels.iter().zip(&mut answers).filter(|((to, _), _)| *to == place);
-                        failed.for_each(|(_, answer)| *answer = Err(again(&error)));
-                    }
+        let doubted: Vec<Place> = match self.shared.settings.topology {
+            Topology::Create => {
+                let wanted: BTreeSet<Place> = parcels.iter().map(|(place, _)| *place).collect();
+                self.doubted().intersection(&wanted).copied().collect()
+            }
+            Topology::Check => Vec::new(),
+        };
+        for place in doubted {
+            match self.outlet.ensure(self.places(), place, Topology::Create).await {
+                Ok(()) => drop(self.doubted().remove(&place)),
+                Err(error) => {
+                    let failed = parcels.iter().zip(&mut answers).filter(|((to, _), _)| *to == place);
+                    failed.for_each(|(_, answer)| *answer = Err(again(&error)));
                 }
             }
         }
@@ -168,8 +173,7 @@ impl RabbitBroker {
         let batch: Vec<Parcel> = open.iter().map(|at| parcels[*at].1.clone()).collect();
         for (at, answer) in open.into_iter().zip(self.outlet.publish(&batch).await) {
             if answer.is_err() {
-                // It may have been deleted: looked after at the next try.
-                self.known().remove(&parcels[at].0);
+                self.doubted().insert(parcels[at].0);
             }
             answers[at] = answer;
         }
@@ -281,7 +285,7 @@ impl Broker for RabbitBroker {
         }
         self.shared.end_any();
         self.outlet.close().await;
-        self.known().clear();
+        self.doubted().clear();
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicNackOptions, BasicRejectOptions};
 
 use crate::error;
-use crate::outlet::in_order;
+use crate::lane::in_order;
 use crate::shared::stale;
 use crate::unsettled::Frame;
 

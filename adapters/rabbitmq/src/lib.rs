@@ -21,6 +21,7 @@ mod broker;
 mod deadline;
 mod error;
 mod frames;
+mod lane;
 mod link;
 mod outlet;
 mod places;

@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::address::Address;
 use crate::deadline::within;
 use crate::places::Place;
-use crate::settings::{Settings, Topology};
+use crate::settings::Settings;
 use crate::shared::{Order, Shared};
 use crate::{error, wire};
 
@@ -52,10 +52,9 @@ impl Link {
         let (places, patience) = (&settings.places, settings.answer_timeout);
         let connection = address.connect(&format!("consumer {}", places.group)).await?;
         let linked = async {
-            let needed: Vec<_> = match settings.topology {
-                Topology::Create => vec![Place::Work, Place::Dead],
-                Topology::Check => [Place::Work, Place::Dead].into_iter().chain(places.waits()).collect(),
-            };
+            // The wait queues too, and not at their first use: what is created just before a node is killed is lost with what is
+            // in it (docs/rabbitmq.md).
+            let needed = [Place::Work, Place::Dead].into_iter().chain(places.waits());
             places.ensure(&connection, needed, settings.topology, patience).await?;
             let channel = within(patience, "open", "channel.open", connection.create_channel()).await?;
             let prefetch = u16::try_from(limits.events).unwrap_or(u16::MAX).clamp(1, settings.prefetch_max);

@@ -1,28 +1,20 @@
 //! The way out: a connection of its own, confirms, and a look at what came back.
 //!
 //! RabbitMQ blocks connections that publish while it is short of memory or disk, so publishing never shares the consumer's
-//! connection. A confirm says that the server took charge, not that a queue has the message: one that no queue takes is
-//! returned and *then* confirmed. lapin hands a returned message to whichever confirm comes next, so returned messages
-//! are told apart by their route here, and one batch at a time is under way.
+//! connection. Nothing here is sent twice for a neighbour's sake: each parcel has an answer of its own.
 
-use std::collections::BTreeSet;
-use std::future::Future;
-use std::pin::Pin;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
 use hapax::{Error, ErrorKind, Result};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::protocol::AMQPSoftError;
 use lapin::types::ShortString;
-use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionStatus};
+use lapin::{Channel, Connection, ConnectionStatus};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::address::Address;
-use crate::deadline::within;
+use crate::lane::{self, Parcel, in_order};
 use crate::places::{Place, Places};
 use crate::settings::Topology;
 use crate::{error, wire};
@@ -32,21 +24,11 @@ const BLOCKED_POLL: Duration = Duration::from_millis(50);
 /// How long a connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// One message to send.
-#[derive(Clone, Debug)]
-pub(crate) struct Parcel {
-    pub(crate) exchange: ShortString,
-    pub(crate) routing_key: ShortString,
-    pub(crate) properties: BasicProperties,
-    pub(crate) body: Bytes,
-    /// Whether it is an error that no queue takes it.
-    pub(crate) mandatory: bool,
-}
-
 /// Publishes with confirms. Connects at first use and again after every loss.
 pub(crate) struct Outlet {
     address: Arc<Address>,
     role: String,
+    lanes: Lanes,
     patience: Duration,
     /// Taken out while it is used: a call that is dropped half way leaves no channel with unheard confirms behind.
     link: tokio::sync::Mutex<Option<Link>>,
@@ -55,18 +37,29 @@ pub(crate) struct Outlet {
     was_blocked: AtomicBool,
 }
 
+/// One connection, and a channel for each lane.
 struct Link {
     connection: Connection,
-    channel: Channel,
+    channels: BTreeMap<ShortString, Channel>,
+}
+
+/// Which parcels share a channel. RabbitMQ works through a channel in order, and one queue that does not answer, because it
+/// has no leader, holds up what follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lanes {
+    /// All share one.
+    One,
+    /// A channel for each routing key: for places that are few and known.
+    EachRoute,
 }
 
 /// What became of one parcel; `None` while the channel's end has left it open.
 type Answers = Vec<Option<Result<()>>>;
 
 impl Outlet {
-    pub(crate) fn new(address: Arc<Address>, role: String, patience: Duration) -> Self {
+    pub(crate) fn new(address: Arc<Address>, role: String, lanes: Lanes, patience: Duration) -> Self {
         let link = tokio::sync::Mutex::new(None);
-        Self { address, role, patience, link, status: Mutex::new(None), was_blocked: AtomicBool::new(false) }
+        Self { address, role, lanes, patience, link, status: Mutex::new(None), was_blocked: AtomicBool::new(false) }
     }
 
     /// Sends all, in order; an answer for each when a queue has it, or why none has.
@@ -76,12 +69,9 @@ impl Outlet {
         }
         let mut answers: Answers = parcels.iter().map(|_| None).collect();
         let deadline = Instant::now() + self.patience;
-        let sent = timeout_at(deadline, self.send(parcels, &mut answers)).await;
-        let open = match sent {
-            Ok(Ok(())) => Error::new(ErrorKind::Internal, "publish").because("a parcel was passed over"),
-            Ok(Err(error)) => error,
-            Err(_) => self.silence(),
-        };
+        // Confirms are waited for until the deadline; what is beyond it would be a call that lapin never answers.
+        let sent = timeout_at(deadline + GOODBYE, self.send(parcels, &mut answers, deadline)).await;
+        let open = sent.unwrap_or_else(|_| self.silence());
         let open = |answer: Option<Result<()>>| {
             answer.unwrap_or_else(|| Err(Error::new(open.kind(), "publish").because(open_text(&open))))
         };
@@ -123,8 +113,7 @@ impl Outlet {
     async fn connect(&self) -> Result<Link> {
         let connection = self.address.connect(&self.role).await?;
         *self.status.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection.status().clone());
-        let channel = confirming(&connection, self.patience).await?;
-        Ok(Link { connection, channel })
+        Ok(Link { connection, channels: BTreeMap::new() })
     }
 
     fn is_blocked(&self) -> bool {
@@ -153,14 +142,18 @@ impl Outlet {
         }
     }
 
-    async fn send(&self, parcels: &[Parcel], answers: &mut Answers) -> Result<()> {
+    /// Sends and notes what became of each; answers what is true of those that it leaves open.
+    async fn send(&self, parcels: &[Parcel], answers: &mut Answers, deadline: Instant) -> Error {
         let mut slot = self.link.lock().await;
-        if slot.as_ref().is_some_and(Link::is_up) {
-            self.unblocked().await;
+        if slot.as_ref().is_some_and(Link::is_up) && timeout_at(deadline, self.unblocked()).await.is_err() {
+            return self.silence();
         }
         let mut link = match slot.take().filter(Link::is_up) {
             Some(link) => link,
-            None => self.connect().await?,
+            None => match self.connect().await {
+                Ok(link) => link,
+                Err(error) => return error,
+            },
         };
         let room = usize::try_from(link.connection.configuration().frame_max()).unwrap_or(usize::MAX);
         for (parcel, answer) in parcels.iter().zip(answers.iter_mut()) {
@@ -170,25 +163,40 @@ impl Outlet {
                 *answer = Some(Err(Error::new(ErrorKind::Rejected, "publish").because(why)));
             }
         }
-        let mut alone = false;
-        loop {
-            let open: Vec<usize> = (0..parcels.len()).filter(|at| answers[*at].is_none()).collect();
-            let Some(first) = open.first().copied() else { break };
-            let these = if alone { vec![first] } else { open };
-            let Some(broken) = attempt(&link.channel, parcels, &these, answers).await else { continue };
-            let soft = error::soft(&broken);
-            if soft.is_none() || !link.connection.status().connected() {
-                return Err(error::of(&broken, "publish"));
-            }
-            // The server closed the channel because of one parcel. Which one is found by sending them one by one.
-            if these.len() == 1 {
-                answers[these[0]] = Some(Err(refusal(&broken, &parcels[these[0]])));
-            }
-            alone = true;
-            link.channel = confirming(&link.connection, self.patience).await?;
+        let mut lanes: BTreeMap<ShortString, Vec<usize>> = BTreeMap::new();
+        for (at, parcel) in parcels.iter().enumerate().filter(|(at, _)| answers[*at].is_none()) {
+            let lane = match self.lanes {
+                Lanes::One => ShortString::default(),
+                Lanes::EachRoute => parcel.routing_key.clone(),
+            };
+            lanes.entry(lane).or_default().push(at);
         }
-        *slot = Some(link);
-        Ok(())
+        let mut running = Vec::with_capacity(lanes.len());
+        for (key, these) in lanes {
+            let channel = link.channels.remove(&key).filter(|channel| channel.status().connected());
+            let (connection, patience) = (&link.connection, self.patience);
+            running.push(Box::pin(async move {
+                (key, lane::send(connection, channel, parcels, these, deadline, patience).await)
+            }));
+        }
+        let (mut trouble, mut alive) = (None, false);
+        for (key, (channel, heard)) in in_order(running).await {
+            match channel {
+                Ok(channel) => {
+                    alive = true;
+                    link.channels.insert(key, channel);
+                }
+                Err(error) => trouble = trouble.or(error),
+            }
+            for (at, answer) in heard {
+                answers[at] = Some(answer);
+            }
+        }
+        // A link of which nothing was heard may be half dead.
+        if alive && link.is_up() {
+            *slot = Some(link);
+        }
+        trouble.unwrap_or_else(|| self.silence())
     }
 }
 
@@ -200,7 +208,7 @@ impl std::fmt::Debug for Outlet {
 
 impl Link {
     fn is_up(&self) -> bool {
-        self.connection.status().connected() && self.channel.status().connected()
+        self.connection.status().connected()
     }
 }
 
@@ -208,97 +216,4 @@ impl Link {
 fn open_text(error: &Error) -> String {
     let text = error.to_string();
     text.strip_prefix(&format!("{}: ", error.operation())).map(str::to_owned).unwrap_or(text)
-}
-
-async fn confirming(connection: &Connection, patience: Duration) -> Result<Channel> {
-    let channel = within(patience, "publish", "channel.open", connection.create_channel()).await?;
-    within(patience, "publish", "confirm.select", channel.confirm_select(ConfirmSelectOptions::default())).await?;
-    Ok(channel)
-}
-
-/// Sends these parcels and waits for their confirms. Answers what is certain; what ended the channel comes back.
-async fn attempt(
-    channel: &Channel,
-    parcels: &[Parcel],
-    these: &[usize],
-    answers: &mut Answers,
-) -> Option<lapin::Error> {
-    let mut sending: Vec<Pin<Box<dyn Future<Output = lapin::Result<_>> + Send + '_>>> = Vec::with_capacity(these.len());
-    for at in these {
-        let Parcel { exchange, routing_key, properties, body, mandatory } = &parcels[*at];
-        let options = BasicPublishOptions { mandatory: *mandatory, ..BasicPublishOptions::default() };
-        sending.push(Box::pin(channel.basic_publish(
-            exchange.clone(),
-            routing_key.clone(),
-            options,
-            body,
-            properties.clone(),
-        )));
-    }
-    // Each first poll puts the frames into lapin's queue, so the order is that of the batch.
-    let mut confirms = Vec::with_capacity(these.len());
-    for written in in_order(sending).await {
-        match written {
-            Ok(confirm) => confirms.push(confirm),
-            Err(broken) => return Some(broken),
-        }
-    }
-    let (mut heard, mut returned, mut broken) = (Vec::with_capacity(these.len()), BTreeSet::new(), None);
-    for confirm in confirms {
-        let confirmation = match confirm.await {
-            Ok(confirmation) => confirmation,
-            Err(e) => {
-                broken = Some(e);
-                break;
-            }
-        };
-        let taken = !matches!(confirmation, Confirmation::Nack(_));
-        if let Confirmation::Ack(Some(message)) | Confirmation::Nack(Some(message)) = confirmation {
-            returned.insert((message.exchange.clone(), message.routing_key.clone()));
-        }
-        heard.push(taken);
-    }
-    // A channel that broke may have taken returned messages with it: then only refusals are certain.
-    for (at, taken) in these.iter().zip(heard) {
-        let Parcel { exchange, routing_key, .. } = &parcels[*at];
-        if !taken {
-            let why = format!("queue `{routing_key}` refuses the message: it is full, or out of reach");
-            answers[*at] = Some(Err(Error::new(ErrorKind::Full, "publish").because(why)));
-        } else if returned.contains(&(exchange.clone(), routing_key.clone())) {
-            let why = format!("no queue takes the message (exchange `{exchange}`, routing key `{routing_key}`)");
-            answers[*at] = Some(Err(Error::new(ErrorKind::Unavailable, "publish").because(why)));
-        } else if broken.is_none() {
-            answers[*at] = Some(Ok(()));
-        }
-    }
-    broken
-}
-
-/// Polls all, in order, until each is done.
-pub(crate) async fn in_order<F: Future + Unpin>(futures: Vec<F>) -> Vec<F::Output> {
-    let mut under_way: Vec<(Option<F>, Option<F::Output>)> = futures.into_iter().map(|f| (Some(f), None)).collect();
-    std::future::poll_fn(|cx| {
-        let mut waiting = false;
-        for (future, output) in &mut under_way {
-            let Some(polled) = future.as_mut() else { continue };
-            match Pin::new(polled).poll(cx) {
-                Poll::Ready(done) => (*future, *output) = (None, Some(done)),
-                Poll::Pending => waiting = true,
-            }
-        }
-        if waiting { Poll::Pending } else { Poll::Ready(()) }
-    })
-    .await;
-    under_way.into_iter().filter_map(|(_, output)| output).collect()
-}
-
-/// What it means that the server closed the channel over one parcel.
-fn refusal(broken: &lapin::Error, parcel: &Parcel) -> Error {
-    let (kind, why) = match error::soft(broken) {
-        // Somebody must change something, but not the message.
-        Some(AMQPSoftError::NOTFOUND | AMQPSoftError::ACCESSREFUSED) => (ErrorKind::Unavailable, error::text(broken)),
-        _ => (ErrorKind::Rejected, error::text(broken)),
-    };
-    let (exchange, key) = (&parcel.exchange, &parcel.routing_key);
-    Error::new(kind, "publish").because(format!("exchange `{exchange}`, routing key `{key}`: {why}"))
 }

@@ -10,7 +10,8 @@ use hapax::{Error, ErrorKind, Outgoing, Publisher, Result, SecretUrl};
 use lapin::tcp::OwnedTLSConfig;
 
 use crate::address::Address;
-use crate::outlet::{Outlet, Parcel};
+use crate::lane::Parcel;
+use crate::outlet::{Lanes, Outlet};
 use crate::settings::RabbitBrokerBuilder;
 use crate::wire;
 
@@ -68,7 +69,7 @@ impl RabbitPublisher {
 
     /// To one queue, where another has checked the address.
     pub(crate) fn to_queue(queue: &str, address: Arc<Address>, answer_timeout: Duration) -> Self {
-        let outlet = Outlet::new(address, format!("publisher {queue}"), answer_timeout);
+        let outlet = Outlet::new(address, format!("publisher {queue}"), Lanes::One, answer_timeout);
         Self { outlet, exchange: String::new(), default_key: Some(queue.to_owned()), mandatory: true }
     }
 
@@ -125,7 +126,7 @@ impl RabbitPublisherBuilder {
         let address = Address::parse(&self.url, self.answer_timeout)?;
         #[cfg(feature = "tls")]
         let address = address.with_tls(self.tls);
-        let outlet = Outlet::new(Arc::new(address), "publisher".to_owned(), self.answer_timeout);
+        let outlet = Outlet::new(Arc::new(address), "publisher".to_owned(), Lanes::One, self.answer_timeout);
         Ok(RabbitPublisher {
             outlet,
             exchange: self.exchange,

@@ -114,8 +114,8 @@ impl RabbitBrokerBuilder {
         self
     }
 
-    /// How long retried messages wait: each delay is rounded up to one of these, and each has a queue of its own, created at
-    /// its first use. Default [`RETRY_STEPS`](Self::RETRY_STEPS).
+    /// How long retried messages wait: each delay is rounded up to one of these, and each has a queue of its own.
+    /// Default [`RETRY_STEPS`](Self::RETRY_STEPS).
     pub fn retry_steps(mut self, steps: impl IntoIterator<Item = Duration>) -> Self {
         self.retry_steps = steps.into_iter().collect();
         self

@@ -44,10 +44,13 @@ pub(crate) struct Rabbit {
 
 impl Rabbit {
     pub(crate) fn fresh() -> Self {
+        Self::on(SecretUrl::parse(Server::RabbitMq.url()).unwrap())
+    }
+
+    pub(crate) fn on(url: SecretUrl) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let url = SecretUrl::parse(Server::RabbitMq.url()).unwrap();
         Self { url, queue: format!("hapax-test-{}-{now:x}-{number}", std::process::id()), mine: true }
     }
 
