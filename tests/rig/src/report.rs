@@ -32,7 +32,7 @@ pub(crate) struct Report {
     pub(crate) lost: usize,
     /// None when it did not.
     pub(crate) quiesced: Option<Duration>,
-    pub(crate) takeover: Times,
+    pub(crate) takeover: (Times, Times),
     pub(crate) takeover_max: Duration,
     pub(crate) broker_resume: (Times, Times),
     pub(crate) store_resume: (Times, Times),
@@ -50,8 +50,8 @@ impl Report {
 
     /// Times beyond what was promised are violations, too.
     pub(crate) fn judge_times(&mut self) {
-        if self.takeover.longest > self.takeover_max {
-            let Times { longest, .. } = self.takeover;
+        if self.takeover.0.longest > self.takeover_max {
+            let Times { longest, .. } = self.takeover.0;
             self.violations.push(format!("takeover took {longest:?}, promised are {:?}", self.takeover_max));
         }
         for (side, (first, _)) in [("broker", self.broker_resume), ("store", self.store_resume)] {
@@ -88,7 +88,8 @@ impl Report {
             "duplicates_unexplained": self.unexplained,
             "lost": self.lost,
             "quiesced_ms": self.quiesced.map(|time| time.as_millis() as u64),
-            "takeover": times(self.takeover),
+            "takeover_first": times(self.takeover.0),
+            "takeover_last": times(self.takeover.1),
             "broker_resume_first": times(self.broker_resume.0),
             "broker_resume_last": times(self.broker_resume.1),
             "store_resume_first": times(self.store_resume.0),
@@ -126,7 +127,7 @@ impl fmt::Display for Report {
         row(f, "duplicates unexplained", self.unexplained)?;
         row(f, "lost", self.lost)?;
         row(f, "quiet after", self.quiesced.map_or_else(|| "never".to_owned(), |time| format!("{time:.1?}")))?;
-        row(f, "takeover", Shown(self.takeover))?;
+        row(f, "takeover: first, last", format!("{}; {}", Shown(self.takeover.0), Shown(self.takeover.1)))?;
         row(
             f,
             "broker back: first, last",

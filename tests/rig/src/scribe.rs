@@ -3,7 +3,7 @@
 //! From outside of a worker neither claims nor fences can be seen. A run of a handler is numbered instead, for each event
 //! from 1 in the order in which runs began; that number stands where the fence stands in the simulation's histories.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard};
 
 use hapax::EventKey;
@@ -64,6 +64,8 @@ pub(crate) struct Scribe {
 struct Seen {
     runs: HashMap<EventKey, u64>,
     of_life: HashMap<(EventKey, Life), (u64, u32)>,
+    /// Runs whose effect was found before the line about their begin: a log may lag behind a file.
+    unannounced: HashSet<(EventKey, Life)>,
     effects: u64,
     /// Which bodies took effect, by id.
     types: BTreeMap<String, BTreeSet<String>>,
@@ -87,7 +89,12 @@ impl Scribe {
     /// A handler began.
     pub(crate) fn started(&self, life: Life, id: &str, attempt: u32) {
         let key = self.key(id);
-        let run = self.seen().begin(key, life, attempt);
+        let mut seen = self.seen();
+        if seen.unannounced.remove(&(key, life)) {
+            return;
+        }
+        let run = seen.begin(key, life, attempt);
+        drop(seen);
         self.ledger.of(life.worker, life.number).started(key, attempt, run, &key.to_hex());
     }
 
@@ -96,8 +103,11 @@ impl Scribe {
         let key = EventKey::of(&self.group, &line.source, &line.id);
         let mut seen = self.seen();
         let known = seen.of_life.get(&(key, life)).copied();
-        // Its start was not heard of, or this is a second effect after it.
-        let (run, attempt) = known.unwrap_or_else(|| (seen.begin(key, life, 0), 0));
+        // Its start was not heard of yet.
+        let (run, attempt) = known.unwrap_or_else(|| {
+            seen.unannounced.insert((key, life));
+            (seen.begin(key, life, 0), 0)
+        });
         seen.effects += 1;
         seen.types.entry(line.id.clone()).or_default().insert(line.ty.clone());
         if line.key.as_ref().is_some_and(|told| *told != key.to_hex()) {
@@ -175,5 +185,51 @@ impl Seen {
         *run += 1;
         self.of_life.insert((key, life), (*run, attempt));
         *run
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIFE: Life = Life { worker: 1, number: 0 };
+
+    fn effect(id: &str) -> EffectLine {
+        EffectLine { source: SOURCE.into(), id: id.into(), ty: "t".into(), key: None }
+    }
+
+    fn kinds(scribe: &Scribe) -> Vec<(&'static str, u64)> {
+        let kind = |entry: &Entry| match &entry.what {
+            What::Started { fence, .. } => ("started", *fence),
+            What::Effect { fence, .. } => ("effect", *fence),
+            _ => ("other", 0),
+        };
+        scribe.history().iter().map(kind).collect()
+    }
+
+    #[tokio::test]
+    async fn runs_of_an_event_are_numbered_in_the_order_of_their_begins() {
+        let scribe = Scribe::new("g");
+        scribe.started(LIFE, "a", 1);
+        scribe.started(Life { worker: 2, number: 0 }, "a", 2);
+        scribe.effect(LIFE, &effect("a"));
+        assert_eq!(kinds(&scribe), [("started", 1), ("started", 2), ("effect", 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_begin_that_is_told_behind_its_effect_is_no_second_run() {
+        let scribe = Scribe::new("g");
+        scribe.effect(LIFE, &effect("a"));
+        scribe.started(LIFE, "a", 1);
+        scribe.started(LIFE, "a", 2);
+        assert_eq!(kinds(&scribe), [("effect", 1), ("started", 2)]);
+    }
+
+    #[tokio::test]
+    async fn two_bodies_and_strange_keys_are_seen() {
+        let scribe = Scribe::new("g");
+        scribe.effect(LIFE, &effect("a"));
+        scribe.effect(LIFE, &EffectLine { ty: "other".into(), key: Some("k".into()), ..effect("a") });
+        assert_eq!((scribe.ran_with_two_bodies(), scribe.strange_keys()), (vec!["a".to_owned()], vec!["a".to_owned()]));
     }
 }

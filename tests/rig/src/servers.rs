@@ -14,6 +14,8 @@ use crate::plan::Side;
 /// Longest time for one command.
 const COMMAND_MAX: Duration = Duration::from_secs(90);
 
+/// Most tries to start a server.
+const STARTS_MAX: usize = 3;
 /// A server that takes longer to stop in order is killed.
 const STOP_MAX: Duration = Duration::from_secs(20);
 
@@ -86,9 +88,16 @@ impl Servers {
         Ok(())
     }
 
-    /// Returns when it is ready.
+    /// Returns when it is ready. On a busy machine one deadline of the script may be too short.
     pub(crate) async fn start(&self, side: Side) -> Result<(), String> {
-        self.command(&["start", self.name(side)]).await.map(drop)
+        let words = ["start", self.name(side)];
+        for _ in 1..STARTS_MAX {
+            match self.command(&words).await {
+                Ok(_) => return Ok(()),
+                Err(why) => eprintln!("rig: trying again: {}", why.lines().next().unwrap_or_default()),
+            }
+        }
+        self.command(&words).await.map(drop)
     }
 
     pub(crate) async fn pause(&self, side: Side) -> Result<(), String> {

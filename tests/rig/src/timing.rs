@@ -2,7 +2,7 @@
 //!
 //! Both are measured only where nothing else came between, for the promise is about one fault at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use hapax::EventKey;
@@ -49,6 +49,19 @@ enum Of {
     Other,
 }
 
+impl Disturbance {
+    /// Whether it comes between a death and the start elsewhere. The death itself does not, nor does the link of a third
+    /// worker, which has no part in it.
+    fn is_between(&self, death: &Entry, start: &Entry) -> bool {
+        let aside = match self.what {
+            Of::Death => self.from == death.at && self.worker == Some(death.worker),
+            Of::Link => self.worker.is_some_and(|worker| worker != start.worker),
+            Of::Other => false,
+        };
+        !aside && self.from <= start.at && death.at <= self.to
+    }
+}
+
 fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
     let mut all = Vec::new();
     let mut open: BTreeMap<(u32, &str), Duration> = BTreeMap::new();
@@ -82,41 +95,36 @@ fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
     all
 }
 
-/// From each kill until each event that was under way runs again.
-pub(crate) fn takeover(history: &[Entry]) -> Times {
+/// From each kill until the first of the events that were under way runs again, and until the last one does: those that
+/// have a crash in their history run one after the other.
+pub(crate) fn takeover(history: &[Entry]) -> (Times, Times) {
     let disturbances = disturbances(history);
-    let mut times = Times::default();
+    let (mut first, mut last) = (Times::default(), Times::default());
     for (line, death) in history.iter().enumerate().filter(|(_, entry)| entry.what == What::Crashed) {
-        let mut under_way: BTreeMap<EventKey, ()> = BTreeMap::new();
+        let mut under_way: BTreeSet<EventKey> = BTreeSet::new();
         for entry in &history[..line] {
             if (entry.worker, entry.incarnation) == (death.worker, death.incarnation) {
                 match &entry.what {
-                    What::Started { key, .. } => drop(under_way.insert(*key, ())),
+                    What::Started { key, .. } => drop(under_way.insert(*key)),
                     What::Effect { key, .. } => drop(under_way.remove(key)),
                     _ => {}
                 }
             }
         }
+        let mut is_first = true;
         for entry in &history[line..] {
-            if let What::Started { key, .. } = &entry.what
-                && under_way.remove(key).is_some()
-            {
-                let (from, to) = (death.at, entry.at);
-                // The death itself; and a link of a third worker, which has no part in it.
-                let aside = |d: &Disturbance| match d.what {
-                    Of::Death => d.from == from && d.worker == Some(death.worker),
-                    Of::Link => d.worker.is_some_and(|worker| worker != entry.worker),
-                    Of::Other => false,
-                };
-                if disturbances.iter().any(|d| !aside(d) && d.from <= to && from <= d.to) {
-                    times.disturbed += 1;
-                } else {
-                    times.add(to - from);
-                }
+            let What::Started { key, .. } = &entry.what else { continue };
+            if !under_way.remove(key) {
+                continue;
             }
+            let is_disturbed = disturbances.iter().any(|d| d.is_between(death, entry));
+            for times in [is_first.then_some(&mut first), Some(&mut last)].into_iter().flatten() {
+                if is_disturbed { times.disturbed += 1 } else { times.add(entry.at - death.at) }
+            }
+            is_first = false;
         }
     }
-    times
+    (first, last)
 }
 
 /// From each return of a server until the first worker starts a handler again, and until the last one does.
@@ -181,9 +189,9 @@ mod tests {
             started(4100, 1, "a"),
             started(9000, 1, "b"),
         ];
-        assert_eq!(takeover(&history), Times { measured: 1, disturbed: 0, longest: Duration::from_secs(4) });
+        assert_eq!(takeover(&history).0, Times { measured: 1, disturbed: 0, longest: Duration::from_secs(4) });
         history.insert(4, at(200, 1, What::Crashed));
-        assert_eq!(takeover(&history).disturbed, 1);
+        assert_eq!(takeover(&history).0.disturbed, 1);
     }
 
     #[test]
