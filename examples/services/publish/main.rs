@@ -116,7 +116,7 @@ async fn publish(options: &Options, counts: &mut Counts) -> Result<(), String> {
             }
         }
         counts.repeat(&mut events, options.duplicates);
-        counts.deliver(&*publisher, events).await;
+        counts.deliver(&*publisher, events).await?;
     }
     Ok(())
 }
@@ -134,17 +134,21 @@ impl Counts {
         }
     }
 
-    /// Sends all, again where the broker does not answer: consumers know a repeated message as a duplicate.
-    async fn deliver(&mut self, publisher: &dyn Publisher, mut events: Vec<Event>) {
-        let begun = Instant::now();
+    /// Sends all, again where the broker does not answer: consumers know a repeated message as a duplicate. Gives up when
+    /// nothing at all was taken for so long.
+    async fn deliver(&mut self, publisher: &dyn Publisher, mut events: Vec<Event>) -> Result<(), String> {
+        let mut trouble = None;
         while !events.is_empty() {
             let answers = publisher.publish(events.iter().map(|event| event.outgoing.clone()).collect()).await;
-            let mut again = Vec::new();
+            let (mut again, mut why, taken) = (Vec::new(), None, self.sent + self.twice);
             for (event, answer) in events.into_iter().zip(answers) {
                 match answer {
                     Ok(()) if event.is_duplicate => self.twice += 1,
                     Ok(()) => self.sent += 1,
-                    Err(error) if error.is_retryable() && begun.elapsed() < PATIENCE => again.push(event),
+                    Err(error) if error.is_retryable() => {
+                        why = Some(error.to_string());
+                        again.push(event);
+                    }
                     Err(error) => {
                         eprintln!("line {}: {error}", event.number);
                         self.failed += 1;
@@ -152,10 +156,21 @@ impl Counts {
                 }
             }
             events = again;
-            if !events.is_empty() {
-                tokio::time::sleep(PAUSE).await;
+            let Some(why) = why else { continue };
+            if taken < self.sent + self.twice {
+                trouble = None;
             }
+            let since = *trouble.get_or_insert_with(|| {
+                eprintln!("trying again for {PATIENCE:?}: {why}");
+                Instant::now()
+            });
+            if since.elapsed() >= PATIENCE {
+                self.failed += events.len() as u64;
+                return Err(format!("from line {} on nothing is taken: {why}", events[0].number));
+            }
+            tokio::time::sleep(PAUSE).await;
         }
+        Ok(())
     }
 }
 
