@@ -16,9 +16,17 @@ pub struct Offsets {
 #[derive(Clone, Debug)]
 pub enum Command {
     /// This member takes over: whoever had the partition is fenced, as after a session that ended.
-    TakeOver { member: u8 },
+    TakeOver {
+        /// Whose.
+        member: u8,
+    },
     /// Commits this offset.
-    Commit { member: u8, offset: i64 },
+    Commit {
+        /// Whose.
+        member: u8,
+        /// The next to be read.
+        offset: i64,
+    },
     /// Asks where the group stands.
     Committed,
 }

@@ -27,13 +27,31 @@ pub enum Command {
     /// `basic.publish`.
     Publish,
     /// `basic.get`.
-    Get { channel: u8 },
+    Get {
+        /// On which.
+        channel: u8,
+    },
     /// `basic.ack`.
-    Ack { channel: u8, tag: u64, multiple: bool },
+    Ack {
+        /// On which.
+        channel: u8,
+        /// The channel's number for a delivery.
+        tag: u64,
+        /// Whether all before it are meant too.
+        multiple: bool,
+    },
     /// `basic.nack` or `basic.reject` with requeue.
-    GiveBack { channel: u8, tag: u64 },
+    GiveBack {
+        /// On which.
+        channel: u8,
+        /// The channel's number for a delivery.
+        tag: u64,
+    },
     /// The channel is closed, and another opened under its number.
-    Reopen { channel: u8 },
+    Reopen {
+        /// On which.
+        channel: u8,
+    },
 }
 
 /// What it is answered.

@@ -30,19 +30,46 @@ pub enum Command {
     /// `XADD`.
     Add,
     /// `XREADGROUP .. COUNT n STREAMS s >`.
-    Read { consumer: u8, count: usize },
+    Read {
+        /// Whose.
+        consumer: u8,
+        /// Most entries.
+        count: usize,
+    },
     /// `XREADGROUP .. STREAMS s 0`: what this consumer has pending.
-    ReadOwn { consumer: u8 },
+    ReadOwn {
+        /// Whose.
+        consumer: u8,
+    },
     /// `XACK`, by anybody.
-    Ack { entry: u64 },
+    Ack {
+        /// Which.
+        entry: u64,
+    },
     /// `XCLAIM .. 0 id`, with or without `JUSTID`.
-    Claim { consumer: u8, entry: u64, just_id: bool },
+    Claim {
+        /// Whose.
+        consumer: u8,
+        /// Which.
+        entry: u64,
+        /// Without content, and without counting.
+        just_id: bool,
+    },
     /// `XAUTOCLAIM .. 0 0-0`.
-    ClaimAll { consumer: u8 },
+    ClaimAll {
+        /// Whose.
+        consumer: u8,
+    },
     /// `XDEL`.
-    Delete { entry: u64 },
+    Delete {
+        /// Which.
+        entry: u64,
+    },
     /// `XGROUP DELCONSUMER`.
-    Forget { consumer: u8 },
+    Forget {
+        /// Whose.
+        consumer: u8,
+    },
 }
 
 /// What it is answered.
@@ -53,7 +80,12 @@ pub enum Answer {
     /// A number.
     Number(u64),
     /// `XAUTOCLAIM`: what was taken over, and what was gone.
-    Taken { entries: Vec<u64>, gone: Vec<u64> },
+    Taken {
+        /// What was taken over.
+        entries: Vec<u64>,
+        /// What is not in the stream any more.
+        gone: Vec<u64>,
+    },
 }
 
 impl Stream {
