@@ -1,0 +1,285 @@
+//! How events/s and memory grow: with ids that are remembered, handlers at once, the size of a message, the share of
+//! duplicates, keys in order, worker processes; and what a stopped handler lets a process hold.
+
+use compare_kit::Outcome;
+use serde::{Deserialize, Serialize};
+
+use crate::compare::{clean, unique};
+use crate::contender::{self, Contender, Place, Task};
+use crate::feed::{Content, Error, Feed};
+use crate::figures::Spread;
+
+pub const NAMES: [&str; 7] = ["remembered", "concurrency", "payload", "duplicates", "keys", "workers", "stopped"];
+
+/// Bytes of a filled topic, at most.
+const TOPIC_BYTES_MAX: u64 = 200 << 20;
+
+/// One point of a curve.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Point {
+    /// Which curve: one of [`NAMES`].
+    pub growth: String,
+    /// Which line of it: the store.
+    pub series: String,
+    /// Over what.
+    pub x: f64,
+    pub events_per_s: Spread,
+    pub cpu_us_per_event: f64,
+    /// The most memory of one process.
+    pub peak_mib: f64,
+    /// What the store holds on disk, where that can be asked for.
+    pub store_mib: Option<f64>,
+}
+
+pub struct Wish {
+    pub names: Vec<String>,
+    pub broker: String,
+    pub events: u64,
+    pub rounds: usize,
+    pub remembered_max: u64,
+}
+
+pub struct Growth<'a> {
+    wish: &'a Wish,
+    place: &'a Place,
+    feed: Feed,
+    points: Vec<Point>,
+}
+
+pub async fn run(wish: &Wish, place: &Place) -> Result<Vec<Point>, Error> {
+    let feed = Feed::open(&wish.broker, &place.url(&wish.broker)?, false).await?;
+    let mut growth = Growth { wish, place, feed, points: Vec::new() };
+    for name in NAMES.into_iter().filter(|name| wish.names.is_empty() || wish.names.iter().any(|wanted| wanted == name)) {
+        eprintln!("growth of {name}");
+        match name {
+            "remembered" => growth.remembered().await?,
+            "concurrency" => growth.concurrency().await?,
+            "payload" => growth.payload().await?,
+            "duplicates" => growth.duplicates().await?,
+            "keys" => growth.keys().await?,
+            "workers" => growth.workers().await?,
+            _ => growth.stopped().await?,
+        }
+    }
+    Ok(growth.points)
+}
+
+fn option(name: &str, value: u64) -> [String; 2] {
+    [name.to_owned(), value.to_string()]
+}
+
+impl Growth<'_> {
+    fn hapax(&self, store: &'static str) -> Contender {
+        Contender::hapax(&self.wish.broker, store, if store == "memory" { "L1" } else { "L2" })
+    }
+
+    fn note(&mut self, growth: &str, contender: &Contender, x: f64, outcomes: &[Outcome]) {
+        let middle = |of: fn(&Outcome) -> f64| Spread::of(outcomes.iter().map(of)).median;
+        let point = Point {
+            growth: growth.to_owned(),
+            series: contender.store.to_owned(),
+            x,
+            events_per_s: Spread::of(outcomes.iter().map(|outcome| outcome.events as f64 / outcome.seconds)),
+            cpu_us_per_event: middle(|outcome| outcome.cpu_us_per_event),
+            peak_mib: middle(|outcome| outcome.peak_mib),
+            store_mib: outcomes.iter().rev().find_map(|outcome| outcome.store_mib),
+        };
+        eprintln!(
+            "  {:<10} {x:>9}: {:>8.0}/s, {:.1} us CPU, {:.0} MiB",
+            point.series, point.events_per_s.median, point.cpu_us_per_event, point.peak_mib
+        );
+        self.points.push(point);
+    }
+
+    /// Fills a topic with these numbers and lets one consumer take them.
+    async fn once(
+        &mut self,
+        contender: &Contender,
+        content: &Content,
+        numbers: std::ops::Range<u64>,
+        group: &str,
+        more: Vec<String>,
+    ) -> Result<Outcome, Error> {
+        let topic = unique("growth");
+        self.feed.create(&topic).await?;
+        let messages = numbers.end - numbers.start;
+        self.feed.fill(&topic, content, numbers).await?;
+        let events = if content.duplicates > 0.0 { content.distinct(messages) } else { messages };
+        let task = Task { topic, group: group.to_owned(), events, more };
+        let ended = contender::start(contender, self.place, &task)?.finish().await;
+        self.feed.delete(&task.topic, group).await;
+        Ok(ended?.0)
+    }
+
+    async fn rounds(&mut self, growth: &str, contender: &Contender, content: &Content, x: f64) -> Result<(), Error> {
+        let messages = self.wish.events.min(TOPIC_BYTES_MAX / content.size as u64);
+        let mut outcomes = Vec::new();
+        for _ in 0..self.wish.rounds {
+            let group = unique("group");
+            let more = option("--messages", messages).into();
+            outcomes.push(self.once(contender, content, 0..messages, &group, more).await?);
+            clean(contender, self.place, &Task { group, ..Task::default() }).await;
+        }
+        self.note(growth, contender, x, &outcomes);
+        Ok(())
+    }
+
+    async fn remembered(&mut self) -> Result<(), Error> {
+        for store in ["memory", "redis", "postgres", "sqlite"] {
+            let contender = self.hapax(store);
+            let group = unique("group");
+            let (mut filled, mut seen, mut wanted) = (0, 0, 10_000);
+            while wanted <= self.wish.remembered_max {
+                let mut outcomes = Vec::new();
+                for _ in 0..self.wish.rounds {
+                    // Memory is empty in every process.
+                    let from = if store == "memory" { 0 } else { filled };
+                    let more = [option("--remember", wanted - from), option("--remember-from", from), ["--keep".into(), String::new()]];
+                    let more = more.into_iter().flatten().filter(|part| !part.is_empty()).collect();
+                    let numbers = seen..seen + self.wish.events;
+                    seen = numbers.end;
+                    outcomes.push(self.once(&contender, &Content::of(256), numbers, &group, more).await?);
+                    filled = wanted;
+                }
+                self.note("remembered", &contender, wanted as f64, &outcomes);
+                wanted *= 10;
+            }
+            // Without --keep the last run drops what the store holds.
+            self.once(&contender, &Content::of(256), seen..seen + 100, &group, Vec::new()).await?;
+            clean(&contender, self.place, &Task { group, ..Task::default() }).await;
+        }
+        Ok(())
+    }
+
+    async fn concurrency(&mut self) -> Result<(), Error> {
+        for store in ["memory", "redis", "postgres", "sqlite"] {
+            for concurrency in [1, 4, 16, 64, 256, 1_024] {
+                let contender = Contender { concurrency, ..self.hapax(store) };
+                let whole = self.wish.events;
+                // One at a time is thousands of round trips.
+                let wish = Wish { events: if concurrency < 64 { whole / 10 } else { whole }, ..self.wish.copy() };
+                let mut part = Growth { wish: &wish, place: self.place, feed: self.again().await?, points: Vec::new() };
+                part.rounds("concurrency", &contender, &Content::of(256), concurrency as f64).await?;
+                self.points.append(&mut part.points);
+            }
+        }
+        Ok(())
+    }
+
+    async fn again(&self) -> Result<Feed, Error> {
+        Feed::open(&self.wish.broker, &self.place.url(&self.wish.broker)?, false).await
+    }
+
+    async fn payload(&mut self) -> Result<(), Error> {
+        for store in ["memory", "redis", "postgres"] {
+            for size in [64, 256, 1_024, 4_096, 16_384, 65_536] {
+                let contender = self.hapax(store);
+                self.rounds("payload", &contender, &Content::of(size), size as f64).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn duplicates(&mut self) -> Result<(), Error> {
+        for store in ["memory", "redis", "postgres", "sqlite"] {
+            for duplicates in [0.0, 0.1, 0.9] {
+                let contender = self.hapax(store);
+                let content = Content { duplicates, ..Content::of(256) };
+                self.rounds("duplicates", &contender, &content, duplicates * 100.0).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn keys(&mut self) -> Result<(), Error> {
+        for store in ["memory", "redis", "postgres"] {
+            for keys in [1, 16, 256, 4_096, 65_536] {
+                let contender = Contender { by_key: true, ..self.hapax(store) };
+                let whole = self.wish.events;
+                let wish = Wish { events: if keys < 256 { whole / 20 } else { whole }, ..self.wish.copy() };
+                let mut part = Growth { wish: &wish, place: self.place, feed: self.again().await?, points: Vec::new() };
+                part.rounds("keys", &contender, &Content { keys, ..Content::of(256) }, keys as f64).await?;
+                self.points.append(&mut part.points);
+            }
+        }
+        Ok(())
+    }
+
+    /// So many processes of one group: they are there before the first message is.
+    async fn workers(&mut self) -> Result<(), Error> {
+        for store in ["redis", "postgres"] {
+            for workers in [1_usize, 2, 4] {
+                let contender = self.hapax(store);
+                let mut outcomes = Vec::new();
+                for _ in 0..self.wish.rounds {
+                    outcomes.push(self.together(&contender, workers).await?);
+                }
+                self.note("workers", &contender, workers as f64, &outcomes);
+            }
+        }
+        Ok(())
+    }
+
+    async fn together(&mut self, contender: &Contender, workers: usize) -> Result<Outcome, Error> {
+        const JOIN_S: u64 = 8;
+        let task = Task {
+            topic: unique("growth"),
+            group: unique("group"),
+            events: self.wish.events,
+            more: vec!["--until-idle".into(), "--keep".into()],
+        };
+        self.feed.create(&task.topic).await?;
+        let mut runs = Vec::new();
+        for _ in 0..workers {
+            runs.push(contender::start(contender, self.place, &task)?);
+            // One after the other creates what the store needs.
+            tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        }
+        tokio::time::sleep(std::time::Duration::from_secs(JOIN_S)).await;
+        self.feed.fill(&task.topic, &Content::of(256), 0..task.events).await?;
+        let (mut first, mut last, mut events, mut cpu_us, mut peak_mib) = (u64::MAX, 0, 0, 0.0, 0.0_f64);
+        for run in runs {
+            let (outcome, _) = run.finish().await?;
+            if outcome.events > 0 {
+                first = first.min(outcome.first_us);
+                last = last.max(outcome.last_us);
+            }
+            events += outcome.events;
+            cpu_us += outcome.cpu_us_per_event * outcome.events as f64;
+            peak_mib = peak_mib.max(outcome.peak_mib);
+        }
+        self.feed.delete(&task.topic, &task.group).await;
+        clean(contender, self.place, &task).await;
+        // A run without --keep drops what the store holds.
+        let group = task.group.clone();
+        self.once(contender, &Content::of(256), task.events..task.events + 100, &group, Vec::new()).await?;
+        clean(contender, self.place, &task).await;
+        Ok(Outcome {
+            events,
+            seconds: last.saturating_sub(first) as f64 / 1e6,
+            cpu_us_per_event: cpu_us / events.max(1) as f64,
+            peak_mib,
+            ..Outcome::default()
+        })
+    }
+
+    /// Handlers that never return: what a process holds then, by how much may be in flight. The topic has far more.
+    async fn stopped(&mut self) -> Result<(), Error> {
+        const SIZE: usize = 4_096;
+        for in_flight in [256, 1_024, 4_096, 16_384] {
+            let contender = Contender { in_flight, concurrency: 64, ..self.hapax("memory") };
+            let messages = TOPIC_BYTES_MAX / SIZE as u64;
+            let more = vec!["--stopped".to_owned()];
+            let group = unique("group");
+            let outcome = self.once(&contender, &Content::of(SIZE), 0..messages, &group, more).await?;
+            self.note("stopped", &contender, in_flight as f64, &[outcome]);
+        }
+        Ok(())
+    }
+}
+
+impl Wish {
+    fn copy(&self) -> Self {
+        Self { names: Vec::new(), broker: self.broker.clone(), ..*self }
+    }
+}
