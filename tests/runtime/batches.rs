@@ -227,19 +227,23 @@ async fn a_stop_gives_back_what_had_not_begun_and_records_what_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_a_crash_each_of_the_batch_runs_alone() {
-    let (rig, first, second) = (Rig::new(), Batches::default(), Batches::default());
+async fn after_two_crashes_each_of_the_batch_runs_alone() {
+    let (rig, second) = (Rig::new(), Batches::default());
     rig.send_all(["1", "2", "3"]).await;
-    let handler = first.then(|_, _| std::future::pending());
-    let billing = rig.start("billing", |c| c.on_batch(handler).otherwise(Otherwise::DeadLetter)).await;
-    rig.until("they run", || first.runs.len() == 3).await;
-    billing.crash().await;
+    for _ in 0..2 {
+        let first = Batches::default();
+        let handler = first.then(|_, _| std::future::pending());
+        let billing = rig.start("billing", |c| c.on_batch(handler).otherwise(Otherwise::DeadLetter)).await;
+        rig.until("they run", || first.runs.len() == 3).await;
+        assert_eq!(first.all().len(), 1, "together, also behind one crash: {:?}", first.all());
+        billing.crash().await;
+    }
     let _next = rig
         .start("billing", |c| c.on_batch(second.take(Duration::from_millis(5))).otherwise(Otherwise::DeadLetter))
         .await;
     rig.settled().await;
     assert_eq!(second.all().len(), 3, "a killer takes no innocents with it: {:?}", second.all());
-    assert!(second.runs.all().iter().all(|run| run.crashes == 1));
+    assert!(second.runs.all().iter().all(|run| run.crashes == 2));
 }
 
 #[tokio::test(start_paused = true)]

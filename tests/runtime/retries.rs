@@ -364,3 +364,64 @@ async fn requeue_roundtrips_headers() {
     assert_eq!(*seen.lock().unwrap(), [sent.clone(), sent.clone(), sent]);
     billing.stop().await;
 }
+
+/// A broker whose retries have no place, as a deleted wait queue or a retry topic without a leader.
+struct NoPlace<B> {
+    inner: B,
+    /// Says nothing at all, instead of an error.
+    silent: bool,
+}
+
+#[async_trait::async_trait]
+impl<B: hapax::Broker> hapax::Broker for NoPlace<B> {
+    async fn open(&self, limits: hapax::Limits) -> hapax::Result<()> {
+        self.inner.open(limits).await
+    }
+    async fn receive(&self, want: hapax::Want) -> hapax::Result<Vec<hapax::Delivery>> {
+        self.inner.receive(want).await
+    }
+    async fn settle(&self, batch: &[(hapax::Receipt, hapax::Settlement)]) -> Vec<hapax::Result<()>> {
+        let is_retry = |item: &(_, hapax::Settlement)| matches!(item.1, hapax::Settlement::Retry { .. });
+        if self.silent && batch.iter().any(is_retry) {
+            return std::future::pending().await;
+        }
+        let mut answers = Vec::new();
+        for item in batch {
+            answers.push(match is_retry(item) {
+                true => Err(hapax::Error::new(hapax::ErrorKind::Unavailable, "settle").because("no such place")),
+                false => self.inner.settle(std::slice::from_ref(item)).await.remove(0),
+            });
+        }
+        answers
+    }
+    async fn stop(&self) -> hapax::Result<()> {
+        self.inner.stop().await
+    }
+    async fn close(&self) -> hapax::Result<()> {
+        self.inner.close().await
+    }
+    fn capabilities(&self) -> hapax::Capabilities {
+        self.inner.capabilities()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_without_a_place_holds_up_no_ack() {
+    for silent in [false, true] {
+        let (rig, runs) = (Rig::new(), Runs::default());
+        let handler = runs.answer(|run| match run.id.as_str() {
+            "later" => Err(Failure::retryable("busy").after(Duration::from_secs(60))),
+            _ => Ok(()),
+        });
+        let broker = NoPlace { inner: rig.broker.another(), silent };
+        let consumer = hapax::Consumer::builder("billing", broker, rig.journaled_store()).seed(1).on_any(handler);
+        let consumer = consumer.build().await.unwrap_or_else(|error| panic!("{error}"));
+        let running = tokio::spawn(consumer.run(std::future::pending()));
+        rig.send_all(["later", "1", "2"]).await;
+        rig.until("the retry is tried", || runs.len() == 3).await;
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        rig.send_all(["3", "4"]).await;
+        rig.until("all but one are acked", || runs.len() == 5 && rig.broker.standing().unsettled == 1).await;
+        running.abort();
+    }
+}

@@ -139,13 +139,36 @@ impl Shared {
         coalescer.recycle(batch);
     }
 
-    /// Settles until every item is answered or stale. A dead letter that cannot be placed is tried again: never acked,
-    /// never dropped. The next batch waits for a broker that is out of reach, but not for one letter without a place.
+    /// Settles until every item is answered or stale. A dead letter or a retry that cannot be placed is tried again: never
+    /// acked, never dropped. The next batch waits for a broker that is out of reach, but not for what lacks its place.
     async fn settle_batch(&self, batch: Batch<(Receipt, Settlement), std::result::Result<(), GivenUp>>) {
-        let mut waits = delays(BROKER_RETRY_MAX);
-        // The first time it is the whole batch as it is; later the few that failed.
-        let mut open: Vec<usize> = Vec::new();
+        let has_place = |index: &usize| has_place_of_its_own(&batch.requests[*index].1);
+        let all = 0..batch.requests.len();
         let mut next_waits = true;
+        if all.clone().any(|index| has_place(&index)) {
+            // Apart, and behind the others: a call that waits for a place would keep their answers back.
+            let (placed, plain): (Vec<usize>, Vec<usize>) = all.partition(has_place);
+            if !plain.is_empty() {
+                self.settle_some(&batch, plain, &mut next_waits).await;
+            }
+            self.settle_some(&batch, placed, &mut next_waits).await;
+        } else {
+            self.settle_some(&batch, Vec::new(), &mut next_waits).await;
+        }
+        if next_waits {
+            self.settles.returned();
+        }
+        self.settles.recycle(batch);
+    }
+
+    /// Settles these, or all where none is named.
+    async fn settle_some(
+        &self,
+        batch: &Batch<(Receipt, Settlement), std::result::Result<(), GivenUp>>,
+        mut open: Vec<usize>,
+        next_waits: &mut bool,
+    ) {
+        let mut waits = delays(BROKER_RETRY_MAX);
         loop {
             let again: Vec<_>;
             let items = if open.is_empty() {
@@ -181,23 +204,18 @@ impl Shared {
             }
             open = failed;
             if open.is_empty() {
-                break;
+                return;
             }
-            if next_waits && !out_of_reach {
-                next_waits = false;
+            if *next_waits && !out_of_reach {
+                *next_waits = false;
                 self.settles.returned();
                 // The engine looks for the next batch when it is woken.
                 tokio::task::yield_now().await;
             }
             if !self.pause(&mut waits).await {
-                open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
-                break;
+                return open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
             }
         }
-        if next_waits {
-            self.settles.returned();
-        }
-        self.settles.recycle(batch);
     }
 
     fn settlement_failed(&self, error: &Error) {
@@ -323,11 +341,14 @@ impl Shared {
     }
 }
 
-/// Whether a settlement failed because the broker is out of reach, and not because of this one item: a dead letter has a
-/// place of its own, which can be missing or full.
+/// Whether a settlement failed because the broker is out of reach, and not because of this one item.
 fn is_of_broker(error: &Error, settlement: &Settlement) -> bool {
-    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown)
-        && !matches!(settlement, Settlement::DeadLetter(_))
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unknown) && !has_place_of_its_own(settlement)
+}
+
+/// Whether it goes to a place of its own, which can be missing, full, or without a leader.
+fn has_place_of_its_own(settlement: &Settlement) -> bool {
+    matches!(settlement, Settlement::DeadLetter(_) | Settlement::Retry { .. })
 }
 
 fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {

@@ -75,7 +75,11 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
             Ok((claim, sent)) => match verdict::after_claim(claim, p.retry(&event).attempts(), &p.bounds) {
                 Answer::Run(lease, history) => {
                     let grant = Grant { lease, history, sent, place: place.take() };
-                    if grant.crashes() > 0 {
+                    if event.crashes_seen < grant.crashes() {
+                        event.crashes_seen = grant.crashes();
+                        p.observe(&Observed::TakenOver);
+                    }
+                    if verdict::is_suspect(grant.crashes(), &p.bounds) {
                         p.run_alone(&delivery, &mut event, grant, &mut alone).await
                     } else {
                         p.run(&delivery, &mut event, grant).await
@@ -133,7 +137,7 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
 }
 
 impl Shared {
-    /// An event during which a process died before: one after the other, so that innocents beside a killer do not
+    /// An event during which processes died before: one after the other, so that innocents beside a killer do not
     /// reach the crash limit with it. Who has not the turn gives its claim back and waits unclaimed.
     fn run_alone<'r, 'a: 'r>(
         &'a self,
@@ -143,10 +147,6 @@ impl Shared {
         alone: &'r mut Option<tokio::sync::SemaphorePermit<'a>>,
     ) -> Rare<'r, Step<'a>> {
         Box::pin(async move {
-            if event.crashes_seen < grant.crashes() {
-                event.crashes_seen = grant.crashes();
-                self.observe(&Observed::TakenOver);
-            }
             let suspect = Suspect::claimed(self);
             if alone.is_none() {
                 *alone = self.alone.try_acquire().ok();
@@ -181,8 +181,8 @@ impl Shared {
         if self.is_draining() || !delivery.session.is_live() {
             return self.give_back_claim(&grant).await;
         }
-        // An event during which a process died is no company for others.
-        let mut tries = if grant.crashes() > 0 { 2 } else { 0 };
+        // An event during which processes died is no company for others.
+        let mut tries = if verdict::is_suspect(grant.crashes(), &self.bounds) { 2 } else { 0 };
         let (run, end) = loop {
             let ready = match event.take_ready(self, delivery) {
                 Ok(ready) => ready,

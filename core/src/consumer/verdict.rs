@@ -103,6 +103,13 @@ pub(super) fn after_failure(
     }
 }
 
+/// Whether an event with so many crashes in its history runs while no other such event does. Not from the first crash on:
+/// every event that was in flight beside a killer has one, and so has every event whose lease was lost in an outage. Half of
+/// the crashes that are allowed are left for when it runs alone.
+pub(super) fn is_suspect(crashes: u32, bounds: &Bounds) -> bool {
+    crashes > 0 && crashes > bounds.crashes_max / 2
+}
+
 /// How a run ended, for observers.
 pub(super) fn handler_end(end: &End) -> HandlerEnd {
     match end {
