@@ -16,7 +16,7 @@ const WANT: Want = Want { events: 64, bytes: 1 << 20 };
 
 async fn opened(queue: &str) -> Arc<RabbitBroker> {
     let url = SecretUrl::parse(Server::RabbitMq.url()).unwrap();
-    let broker = RabbitBroker::builder(url, queue, "billing").build().unwrap();
+    let broker = RabbitBroker::builder(url, queue, "billing").retry_steps([Duration::from_secs(1)]).build().unwrap();
     let (second, message) = (Duration::from_secs(1), MessageLimits::DEFAULT);
     broker.open(Limits { events: 64, bytes: 1 << 20, held_max: second, drain: second, message }).await.unwrap();
     Arc::new(broker)
@@ -56,7 +56,7 @@ async fn a_channel_error_rebuilds_channel_and_consumer() {
     broker.settle(&[(again.receipt, Settlement::Ack)]).await.remove(0).unwrap();
     broker.close().await.unwrap();
     publisher.close().await;
-    deleted(&broker, &[&queue, &format!("{queue}.billing.dead")]).await;
+    deleted(&broker, &[&queue, &format!("{queue}.billing.dead"), &format!("{queue}.billing.retry.1s")]).await;
 }
 
 /// Between the server's end of the channel and our hearing of it, nothing of the old channel is handed out: `usable()` is asked
@@ -87,5 +87,5 @@ async fn a_delivery_that_died_before_it_was_handed_out_is_not_handed_out() {
     }
     broker.close().await.unwrap();
     publisher.close().await;
-    deleted(&broker, &[&queue, &format!("{queue}.billing.dead")]).await;
+    deleted(&broker, &[&queue, &format!("{queue}.billing.dead"), &format!("{queue}.billing.retry.1s")]).await;
 }
