@@ -89,6 +89,47 @@ async fn a_server_that_is_silent_is_given_up_in_time_and_found_again() {
     assert!(proxy.accepted() > accepted, "over a new connection: nobody knows what still comes over the old one");
 }
 
+/// Callers have deadlines of their own, shorter than the link's: what they drop unanswered counts as silence too.
+#[tokio::test]
+async fn a_silent_connection_is_given_up_although_its_callers_wait_for_less() {
+    let server = Private::start(&[]).await;
+    for patience in [Duration::from_millis(1200), Duration::from_millis(300)] {
+        let proxy = Proxy::start(format!("127.0.0.1:{}", server.port())).await.unwrap();
+        let at = RedisServer::at(format!("redis://{}", proxy.address()).parse().unwrap()).unwrap();
+        let store = RedisStore::builder(at).prefix(store_fixture::unique()).connect().await.unwrap();
+        let consumer = open(&store).await;
+        lease(&store, consumer, 0).await;
+        let accepted = proxy.accepted();
+        proxy.freeze();
+        let begun = Instant::now();
+        let ask = || async { timeout(patience, store.claim(&[request(consumer, 1, 1)], LEASE)).await };
+        while begun.elapsed() < Duration::from_millis(1100) {
+            assert!(ask().await.is_err(), "no byte flows");
+        }
+        assert!(ask().await.is_err(), "no byte flows");
+        assert!(proxy.accepted() > accepted, "the next call does not wait on the silent connection again");
+        proxy.heal();
+        assert!(matches!(ask().await.unwrap().unwrap().remove(0), Claim::Granted(..)));
+    }
+}
+
+#[tokio::test]
+async fn a_caller_in_a_hurry_does_not_cost_the_connection() {
+    let server = Private::start(&[]).await;
+    let (proxy, store) = behind(&server).await;
+    let consumer = open(&store).await;
+    lease(&store, consumer, 0).await;
+    let accepted = proxy.accepted();
+    for _ in 0..3 {
+        proxy.freeze();
+        assert!(timeout(Duration::from_millis(100), store.claim(&[request(consumer, 1, 1)], LEASE)).await.is_err());
+        proxy.heal();
+        let granted = timeout(Duration::from_secs(5), store.claim(&[request(consumer, 1, 1)], LEASE)).await;
+        assert!(matches!(granted.unwrap().unwrap().remove(0), Claim::Granted(..)));
+    }
+    assert_eq!(proxy.accepted(), accepted);
+}
+
 #[tokio::test]
 async fn while_the_server_is_away_calls_fail_soon_and_the_next_one_after_works() {
     let mut server = Private::start(&[]).await;

@@ -36,14 +36,71 @@ struct Inner {
     connecting: tokio::sync::Mutex<Pauses>,
 }
 
+/// Silence towards callers after which a connection is given up, where they have stopped waiting before
+/// `response_timeout`: each of them may have a shorter deadline of its own.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
+
 /// What calls are sent over, and the how-manyeth it is.
 #[derive(Default)]
 struct Current {
     connection: Option<Connection>,
     generation: u64,
+    silence: Silence,
     /// Tries to connect that have failed so far, and the last reason.
     failures: u64,
     failure: Option<(ErrorKind, String)>,
+}
+
+/// How long calls have waited in vain since the last answer on a connection; time that several waited counts once.
+#[derive(Default)]
+struct Silence {
+    waited: Duration,
+    until: Option<Instant>,
+}
+
+impl Silence {
+    /// A call that began then was dropped unanswered.
+    fn add(&mut self, begun: Instant) {
+        let now = Instant::now();
+        let from = self.until.map_or(begun, |until| until.max(begun));
+        self.waited += now.saturating_duration_since(from);
+        self.until = Some(now);
+    }
+}
+
+/// A call under way. Dropped before its answer it may have been one of many on a connection that is dead without a word, which
+/// no deadline of ours would notice.
+struct Waiting<'a> {
+    link: &'a Link,
+    generation: u64,
+    begun: Instant,
+    answered: bool,
+}
+
+impl Waiting<'_> {
+    fn answered(mut self) {
+        self.answered = true;
+        let mut current = self.link.current();
+        if current.generation == self.generation {
+            current.silence = Silence::default();
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.answered {
+            return;
+        }
+        let mut current = self.link.current();
+        if current.generation != self.generation {
+            return;
+        }
+        current.silence.add(self.begun);
+        if current.silence.waited >= SILENCE_MAX {
+            current.connection = None;
+        }
+    }
 }
 
 struct Pauses {
@@ -155,8 +212,12 @@ impl Link {
         send: impl AsyncFnOnce(&mut Connection) -> RedisResult<T>,
     ) -> Result<RedisResult<T>> {
         let (generation, mut connection) = self.connection(operation).await?;
+        let waiting = Waiting { link: self, generation, begun: Instant::now(), answered: false };
         let answer = match timeout(self.0.response_timeout, send(&mut connection)).await {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                waiting.answered();
+                answer
+            }
             Err(_) => {
                 self.give_up(generation);
                 let why = format!("no answer within {:?}", self.0.response_timeout);
@@ -196,6 +257,7 @@ impl Link {
                 *pauses = Pauses::new();
                 let mut current = self.current();
                 current.generation += 1;
+                current.silence = Silence::default();
                 current.connection = Some(connection.clone());
                 Ok((current.generation, connection))
             }
