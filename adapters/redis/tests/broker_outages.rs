@@ -219,6 +219,78 @@ async fn a_settlement_whose_answer_was_lost_has_one_effect() {
     assert_eq!((client.number(&["XLEN", other.dead_letter_streams()[0]]).await, client.pending(&stream).await), (1, 0));
 }
 
+/// The entry was trimmed away and the answer to its settlement was lost: our hands still have the only copy, so that the next
+/// try brings it.
+#[tokio::test]
+async fn a_trimmed_entry_whose_settlement_got_no_answer_is_not_lost() {
+    let (proxy, url) = proxied().await;
+    let stream = unique("trimmed-unanswered");
+    // So long that the keeper does not notice what was trimmed.
+    let builder = RedisBroker::builder(server_at(&url), stream.as_str(), "g").take_over_after(Duration::from_secs(600));
+    let broker = opened(builder.build().unwrap()).await;
+    broker::publish(&stream, 0..4).await;
+    let held = receive(&broker, 4).await;
+    broker.stop().await.unwrap();
+    // The server knows the script from here on, and the reader is gone: the next request is the settlement.
+    ack(&broker, &held[..1]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let client = Client::connect().await;
+    client.command(&["XTRIM", &stream, "MAXLEN", "0"]).await;
+    let settlements = [
+        Settlement::Retry { after: Duration::ZERO },
+        Settlement::Release { counted: false },
+        Settlement::DeadLetter(letter()),
+    ];
+    for (delivery, settlement) in held[1..].iter().zip(settlements) {
+        proxy.cut_after_request(After::Reply);
+        let lost = broker.settle(&[(delivery.receipt, settlement.clone())]).await.remove(0);
+        assert!(lost.unwrap_err().is_retryable());
+        settle(&broker, delivery.receipt, settlement).await;
+    }
+    let letters = client.messages(broker.dead_letter_streams()[0]).await;
+    assert_eq!(letters.iter().map(|one| &one.data[..]).collect::<Vec<_>>(), [b"3"]);
+    let other = broker::member(&stream).await;
+    let mut back = receive(&other, 2).await;
+    back.sort_by_key(id);
+    assert_eq!(back.iter().map(id).collect::<Vec<_>>(), [1, 2]);
+    ack(&other, &back).await;
+}
+
+/// Entries whose reply was lost are read again by their ids. A server that refuses that read has them still: they are not
+/// acked as if they had been trimmed away.
+#[tokio::test]
+async fn a_refused_read_of_pending_entries_acks_nothing() {
+    let server = Private::start(&[]).await;
+    server.ask::<()>("ACL SETUSER limited on >pw ~* &* +@all").await;
+    let proxy = Proxy::start(format!("127.0.0.1:{}", server.port())).await.unwrap();
+    let url = format!("redis://limited:pw@{}", proxy.address());
+    // So long that nothing is taken over in this test.
+    let builder = RedisBroker::builder(server_at(&url), "s", "g").take_over_after(Duration::from_secs(600));
+    let broker = opened(builder.build().unwrap()).await;
+    assert!(timeout(Duration::from_millis(100), broker.receive(broker::WANT)).await.is_err());
+    server.ask::<()>("ACL SETUSER limited -xrange").await;
+    proxy.swallow_replies(Duration::from_millis(300));
+    publish_at(&server.url(), "s", 0..5).await;
+    let client = Client::to(&server.url()).await;
+    store_fixture::eventually("the server gave us some", async || client.pending("s").await > 0).await;
+    proxy.heal();
+    let refused = async {
+        loop {
+            match broker.receive(broker::WANT).await {
+                Err(error) if error.kind() == ErrorKind::Configuration => break,
+                other => assert!(other.is_err_and(|error| error.is_retryable()), "nothing arrives unread"),
+            }
+        }
+    };
+    timeout(Duration::from_secs(10), refused).await.expect("the missing right is told");
+    server.ask::<()>("ACL SETUSER limited +xrange").await;
+    let mut all = receive(&broker, 5).await;
+    all.sort_by_key(id);
+    assert_eq!(all.iter().map(id).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    assert_eq!(broker.trimmed(), 0);
+    ack(&broker, &all).await;
+}
+
 /// Connections cut again and again while events flow: each arrives, and what was acked stays away.
 #[tokio::test]
 async fn cuts_lose_nothing() {
@@ -240,12 +312,17 @@ async fn cuts_lose_nothing() {
     let consuming = async {
         while seen.len() < 200 {
             let arrived = broker.receive(broker::WANT).await.unwrap_or_default();
-            let batch: Vec<_> = arrived.iter().map(|one| (one.receipt, Settlement::Ack)).collect();
-            for (answer, delivery) in broker.settle(&batch).await.into_iter().zip(&arrived) {
-                // What is unknown comes again, and is settled then.
-                if answer.is_ok() || answer.is_err_and(|error| error.kind() == ErrorKind::Stale) {
-                    seen.insert(id(delivery));
-                }
+            let mut left: Vec<_> = arrived.iter().collect();
+            while !left.is_empty() {
+                let batch: Vec<_> = left.iter().map(|one| (one.receipt, Settlement::Ack)).collect();
+                let answers = broker.settle(&batch).await;
+                // As a consumer does: what is unknown is in hand, and kept there, until it was asked again.
+                let settled = |answer: &Result<(), hapax::Error>| {
+                    answer.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::Stale)
+                };
+                let (done, again): (Vec<_>, Vec<_>) = left.into_iter().zip(answers).partition(|(_, it)| settled(it));
+                seen.extend(done.into_iter().map(|(delivery, _)| id(delivery)));
+                left = again.into_iter().map(|(delivery, _)| delivery).collect();
             }
         }
     };

@@ -145,9 +145,7 @@ impl Consuming {
     /// Ends the session, since the group and with it everything pending is gone, and begins the next.
     pub(super) fn begin_session(&self) {
         let number = self.sessions.fetch_add(1, Ordering::Relaxed);
-        let mut table = self.table();
-        table.end();
-        *table = Table::new(number, self.limits);
+        self.table().begin_next(number);
     }
 
     fn trouble_cell(&self) -> MutexGuard<'_, Option<Trouble>> {

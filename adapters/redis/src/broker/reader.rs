@@ -18,6 +18,7 @@ use super::builder::MissingGroup;
 use super::consuming::{BLOCK_MAX, Consuming, Phase, is_no_group};
 use super::entry::{self, Entry, EntryId, items, number};
 use super::{groups, settling};
+use crate::error::error;
 
 /// Most entries of one read.
 const READ_MAX: usize = 512;
@@ -222,11 +223,12 @@ impl Reader {
             pipeline.cmd("XRANGE").arg(&**key).arg(id.to_string()).arg(id.to_string());
         }
         let replies = c.reading.pipeline("receive", &pipeline).await?;
-        let entries = pending.iter().zip(replies).map(|((id, count), reply)| {
-            let found = items(reply).into_iter().next().and_then(entry::entry);
-            Entry { id: *id, fields: found.and_then(|entry| entry.fields), count: *count }
-        });
-        let gone = self.take_in(at, entries.collect());
+        let entries = pending
+            .iter()
+            .zip(replies)
+            .map(|((id, count), reply)| Ok(Entry { id: *id, fields: fields_of_one(reply)?, count: *count }));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let gone = self.take_in(at, entries);
         if !gone.is_empty() {
             let mut command = Cmd::new();
             command.arg("XACK").arg(&**key).arg(&*c.settings.group);
@@ -304,6 +306,18 @@ impl Reader {
             settling::settle_own(&self.c, waiting.into_iter().map(release).collect()).await;
         }
     }
+}
+
+/// The fields in an answer to `XRANGE` about one entry; `None` where that says that the entry is gone. An answer that says
+/// neither is an error: such an entry may well be there.
+fn fields_of_one(reply: Value) -> Result<Option<entry::Fields>> {
+    let reply = reply.extract_error().map_err(|failed| error("receive", &failed))?;
+    if matches!(&reply, Value::Array(found) if found.is_empty()) {
+        return Ok(None);
+    }
+    let fields = items(reply).into_iter().next().and_then(entry::entry).and_then(|entry| entry.fields);
+    let unreadable = || Error::new(ErrorKind::Incompatible, "receive").because("XRANGE gave an answer of another form");
+    fields.map(Some).ok_or_else(unreadable)
 }
 
 /// `[id, consumer, idle, count]`.

@@ -9,7 +9,6 @@ use futures_util::future::join_all;
 use hapax::cloudevents::{Convention, encode};
 use hapax::{Error, ErrorKind, Message, Receipt, Result, Settlement};
 use redis::Value;
-use tokio::time::Instant;
 
 use super::consuming::{Consuming, PARKING, is_no_group, text};
 use super::entry::{DATA, EntryId, bytes, items};
@@ -99,8 +98,10 @@ async fn settle_some(c: &Consuming, source: usize, some: &[Item<'_>]) -> Vec<(us
         .collect();
     if !trimmed.is_empty() {
         // Known before the call, since its answer may be lost: asked again without a copy, it would seem another's.
-        let keys: Vec<_> = trimmed.iter().map(|at| some[*at].found.key).collect();
-        c.table().kept(&[], &[], &keys, Instant::now());
+        {
+            let mut table = c.table();
+            trimmed.iter().for_each(|at| table.trimmed(some[*at].receipt));
+        }
         let again: Vec<_> = trimmed.iter().map(|at| &some[*at]).collect();
         match call(c, source, &again, true).await {
             Ok(second) => trimmed.iter().zip(second).for_each(|(at, answer)| answers[*at] = answer),

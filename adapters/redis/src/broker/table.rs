@@ -99,6 +99,13 @@ impl Table {
         self.session.id()
     }
 
+    /// Ends this session and begins the next, with nothing in hand. Receipts go on from where they were: late answers to calls
+    /// of the old session mean nothing here.
+    pub(super) fn begin_next(&mut self, session: u32) {
+        self.end();
+        *self = Self { next: self.next, ..Self::new(session, self.limits) };
+    }
+
     /// From here on its receipts are stale.
     pub(super) fn end(&mut self) {
         self.state.send_replace(SessionState::Ended);
@@ -225,7 +232,14 @@ impl Table {
         keys
     }
 
-    /// What keeping these entries told. `at` is when the question was sent.
+    /// This delivery's entry was trimmed away while in hand.
+    pub(super) fn trimmed(&mut self, receipt: u64) {
+        if let Some(held) = self.held.get_mut(&receipt).filter(|held| held.standing == Standing::Ours) {
+            held.standing = Standing::Trimmed;
+        }
+    }
+
+    /// What keeping these entries told. `at` is when the question was sent: it says nothing of what arrived since.
     pub(super) fn kept(&mut self, keys: &[Key], lost: &[Key], trimmed: &[Key], at: Instant) {
         for (keys, standing) in [(keys, None), (lost, Some(Standing::Lost)), (trimmed, Some(Standing::Trimmed))] {
             for key in keys {
@@ -233,7 +247,10 @@ impl Table {
                 let Some((receipt, held)) = receipt.and_then(|it| Some((it, self.held.get_mut(&it)?))) else {
                     continue;
                 };
-                held.kept = held.kept.max(at);
+                if held.kept > at {
+                    continue;
+                }
+                held.kept = at;
                 let Some(standing) = standing else { continue };
                 held.standing = standing;
                 if standing == Standing::Lost {
@@ -337,5 +354,42 @@ mod tests {
         assert_eq!(standings, [Standing::Lost, Standing::Trimmed, Standing::Ours]);
         assert_eq!(table.waiting(), 0, "what waited and was lost is not handed out");
         assert!(table.to_keep(Duration::from_secs(10), later).is_empty(), "just kept");
+    }
+
+    /// Answers to calls of the old session come when the next has begun: its deliveries are none of theirs.
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_of_the_old_session_touches_nothing_of_the_next() {
+        let now = Instant::now();
+        let mut table = table(10, 1000);
+        table.arrive(arrival(1, 1), now);
+        let old = table.take(ALL, now)[0].receipt;
+        table.begin_next(8);
+        table.arrive(arrival(1, 1), now);
+        let new = table.take(ALL, now)[0].receipt;
+        table.doubt(old.position);
+        assert!(!table.arrive(arrival(1, 1), now), "it is in hand, without a doubt");
+        table.forget(old.position);
+        assert_eq!(table.find(new).unwrap().standing, Standing::Ours);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_about_an_entry_leaves_its_newer_delivery_alone() {
+        let asked = Instant::now();
+        let later = asked + Duration::from_secs(1);
+        let mut table = table(10, 1000);
+        table.arrive(arrival(1, 1), asked);
+        table.arrive(arrival(2, 1), asked);
+        let old = table.take(ALL, asked);
+        table.forget(old[0].receipt.position);
+        // Released and taken again; and taken again while it seemed ours all the time.
+        assert!(table.arrive(arrival(1, 1), later));
+        assert!(!table.arrive(arrival(2, 1), later));
+        let new = table.take(ALL, later);
+        let keys = [(0, EntryId(1, 0)), (0, EntryId(2, 0))];
+        table.kept(&keys, &keys, &[], asked);
+        table.kept(&keys, &[], &keys, asked);
+        for receipt in [new[0].receipt, old[1].receipt] {
+            assert_eq!(table.find(receipt).unwrap().standing, Standing::Ours);
+        }
     }
 }

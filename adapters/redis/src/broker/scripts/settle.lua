@@ -1,5 +1,5 @@
--- Ends deliveries that are still this consumer's. One answer each: 1 done, 0 not ours, -1 the entry was trimmed away (and is
--- off the pending list), or the text of an error, in which case nothing of that item was done.
+-- Ends deliveries that are still this consumer's. One answer each: 1 done, 0 not ours, -1 the entry was trimmed away and a
+-- copy is needed, or the text of an error; with -1 and with an error nothing of that item was done.
 --
 -- KEYS  1 stream   2 due   3 dead letters
 -- ARGV  1 group   2 consumer   3 who keeps what was given back   4 'delete' or 'keep' what is done
@@ -49,17 +49,20 @@ local function strings()
   return list
 end
 
--- The entry's fields as they travelled, with its origin and how often it was delivered before.
+-- The entry's fields as they travelled, with its origin and how often it was delivered before. No fields: it was trimmed away,
+-- and there is no copy.
 local function stored(id, copy)
   local entry = redis.call('XRANGE', stream, id, id)[1]
   local fields = entry and entry[2] or copy
-  if not again or #fields == 0 then return fields, id, 0 end
+  if not again or #fields < 6 then return fields, id, 0 end
   local origin, count, rest = fields[2], tonumber(fields[4]) or 0, {}
   for i = 5, #fields do rest[i - 4] = fields[i] end
   return rest, origin, count
 end
 
 local function release(id, pending, counted)
+  -- XCLAIM would take it off the pending list, and if this answer is lost nobody would bring the copy.
+  if #redis.call('XRANGE', stream, id, id) == 0 then return -1 end
   local count = pending[4]
   if not counted and count > 0 then count = count - 1 end
   local moved = redis.call('XCLAIM', stream, group, parking, 0, id, 'IDLE', 86400000, 'RETRYCOUNT', count, 'JUSTID')
@@ -68,7 +71,7 @@ end
 
 local function retry(id, pending, after, copy)
   local fields, origin, before = stored(id, copy)
-  if #fields == 0 then done({id}) return -1 end
+  if #fields == 0 then return -1 end
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local kept = cmsgpack.pack({origin, before + pending[4], fields})
@@ -80,6 +83,7 @@ end
 
 local function set_aside(id, marks, copy)
   local fields = stored(id, copy)
+  if #fields == 0 then return -1 end
   local letter = {}
   -- `unpack` takes 8000 values at most, whoever wrote the entry: what is behind 6000 is cut off.
   for i = 1, math.min(#fields, 6000), 2 do
