@@ -88,7 +88,7 @@ impl Real {
 fn the_server_does_what_the_model_says() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let address = Server::Kafka.url().trim_start_matches("kafka://").to_owned();
-    let topic = runtime.block_on(Topic::new(1).created()).topic;
+    let topic = runtime.block_on(Topic::new(1).created()).topic.clone();
     let config = Config { cases: 8, failure_persistence: None, max_shrink_iters: 10, ..Config::default() };
     let ran = TestRunner::new(config).run(&prop::collection::vec(command(), 1..16), |commands| {
         let group = support::unique("model");
@@ -108,7 +108,7 @@ fn the_server_does_what_the_model_says() {
 #[test]
 fn a_commit_goes_backwards_and_an_old_member_is_refused() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let (topic, group) = (runtime.block_on(Topic::new(1).created()).topic, support::unique("model"));
+    let (topic, group) = (runtime.block_on(Topic::new(1).created()).topic.clone(), support::unique("model"));
     let address = Server::Kafka.url().trim_start_matches("kafka://").to_owned();
     let mut real = Real { address, topic, group, members: BTreeMap::new() };
     let commands = [

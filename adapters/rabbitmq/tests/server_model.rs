@@ -15,15 +15,21 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-fn command() -> impl Strategy<Value = Command> {
+#[derive(Clone, Debug)]
+enum Step {
+    Get(u8),
+    Ask(Command),
+}
+
+fn step() -> impl Strategy<Value = Step> {
     let (channel, tag) = (1u8..4, 1u64..6);
     prop_oneof![
-        4 => Just(Command::Publish),
-        5 => channel.clone().prop_map(|channel| Command::Get { channel }),
+        4 => Just(Step::Ask(Command::Publish)),
+        5 => channel.clone().prop_map(Step::Get),
         3 => (channel.clone(), tag.clone(), any::<bool>())
-            .prop_map(|(channel, tag, multiple)| Command::Ack { channel, tag, multiple }),
-        2 => (channel.clone(), tag).prop_map(|(channel, tag)| Command::GiveBack { channel, tag }),
-        1 => channel.prop_map(|channel| Command::Reopen { channel }),
+            .prop_map(|(channel, tag, multiple)| Step::Ask(Command::Ack { channel, tag, multiple })),
+        2 => (channel.clone(), tag).prop_map(|(channel, tag)| Step::Ask(Command::GiveBack { channel, tag })),
+        1 => channel.prop_map(|channel| Step::Ask(Command::Reopen { channel })),
     ]
 }
 
@@ -73,6 +79,16 @@ impl Real {
         }
     }
 
+    /// Message, tag, and whether it was delivered before.
+    async fn get(&mut self, channel: u8) -> Option<(u64, u64, bool)> {
+        let channel = self.channel(channel).await;
+        let got = channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default()).await.expect("got");
+        got.map(|message| {
+            let body = std::str::from_utf8(&message.delivery.data).expect("a text");
+            (body.parse().expect("a number"), message.delivery.delivery_tag, message.delivery.redelivered)
+        })
+    }
+
     async fn apply(&mut self, command: &Command) -> Answer {
         match *command {
             Command::Publish => {
@@ -87,15 +103,6 @@ impl Real {
                 );
                 confirm.await.expect("published").await.expect("confirmed");
                 Answer::Done
-            }
-            Command::Get { channel } => {
-                let channel = self.channel(channel).await;
-                let got = channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default()).await.expect("got");
-                Answer::Got(got.map(|message| {
-                    let body = std::str::from_utf8(&message.delivery.data).expect("a text");
-                    let number = body.parse().expect("a number");
-                    (number, message.delivery.delivery_tag, message.delivery.redelivered)
-                }))
             }
             Command::Ack { channel: number, tag, multiple } => {
                 let channel = self.channel(number).await;
@@ -123,16 +130,27 @@ impl Real {
     }
 }
 
-/// What goes back is there for the next `basic.get` after the queue's replica has seen it: asked again, for a little.
-async fn agree(real: &mut Real, model: &mut Queue, command: &Command) -> Result<(), String> {
-    let wanted = model.apply(command);
-    let mut answer = real.apply(command).await;
+async fn agree(real: &mut Real, model: &mut Queue, step: &Step) -> Result<(), String> {
+    let Step::Get(channel) = *step else {
+        let Step::Ask(command) = step else { unreachable!("there are two") };
+        let (answer, wanted) = (real.apply(command).await, model.apply(command));
+        return if answer == wanted { Ok(()) } else { Err(format!("{command:?}: {answer:?}, not {wanted:?}")) };
+    };
+    // What goes back takes its way through the replicas: asked again, for a little.
     let begun = tokio::time::Instant::now();
-    while answer == Answer::Got(None) && wanted != answer && begun.elapsed() < Duration::from_secs(5) {
+    let mut got = real.get(channel).await;
+    while got.is_none() && !model.is_empty() && begun.elapsed() < Duration::from_secs(5) {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        answer = real.apply(command).await;
+        got = real.get(channel).await;
     }
-    if answer == wanted { Ok(()) } else { Err(format!("{command:?}: {answer:?}, and the model says {wanted:?}")) }
+    match got {
+        None if model.is_empty() => Ok(()),
+        None => Err("nothing, although something waits".to_owned()),
+        Some((message, tag, redelivered)) => match model.hand_out(channel, message) {
+            Some(told) if told == (tag, redelivered) => Ok(()),
+            told => Err(format!("{message} under {tag}, redelivered: {redelivered}; the model says {told:?}")),
+        },
+    }
 }
 
 #[test]
@@ -143,14 +161,14 @@ fn the_server_does_what_the_model_says() {
     let mut number = 0;
     let mut runner = TestRunner::new(config);
     let number = std::cell::RefCell::new(&mut number);
-    let ran = runner.run(&prop::collection::vec(command(), 1..40), |commands| {
+    let ran = runner.run(&prop::collection::vec(step(), 1..40), |steps| {
         **number.borrow_mut() += 1;
         let queue = format!("hapax-model-{}-{}", std::process::id(), number.borrow());
         runtime.block_on(async {
             let (mut model, mut real) = (Queue::default(), Real::new(queue).await);
             let mut agreed = Ok(());
-            for command in &commands {
-                agreed = agree(&mut real, &mut model, command).await;
+            for step in &steps {
+                agreed = agree(&mut real, &mut model, step).await;
                 if agreed.is_err() {
                     break;
                 }

@@ -4,13 +4,14 @@
 //! commands. What surprises: a tag that the channel does not know closes the channel, and with it everything that it holds
 //! goes back to the queue.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
-/// A quorum queue without a delivery limit, read by `basic.get` on numbered channels.
+/// A quorum queue without a delivery limit, read by `basic.get` on numbered channels. In which order it hands out is left
+/// open: what comes back takes its way through the replicas.
 #[derive(Clone, Debug, Default)]
 pub struct Queue {
     /// Messages that wait, by number, and how often each came back.
-    waiting: VecDeque<(u64, u64)>,
+    waiting: BTreeMap<u64, u64>,
     channels: BTreeMap<u8, Channel>,
     published: u64,
 }
@@ -26,11 +27,6 @@ struct Channel {
 pub enum Command {
     /// `basic.publish`.
     Publish,
-    /// `basic.get`.
-    Get {
-        /// On which.
-        channel: u8,
-    },
     /// `basic.ack`.
     Ack {
         /// On which.
@@ -59,8 +55,6 @@ pub enum Command {
 pub enum Answer {
     /// It was done.
     Done,
-    /// The message with this number under this tag, and whether it was delivered before; `None` when the queue is empty.
-    Got(Option<(u64, u64, bool)>),
     /// The tag is not known: the channel is closed, 406. Another is open under its number.
     Closed,
 }
@@ -71,15 +65,8 @@ impl Queue {
         match *command {
             Command::Publish => {
                 self.published += 1;
-                self.waiting.push_back((self.published, 0));
+                self.waiting.insert(self.published, 0);
                 Answer::Done
-            }
-            Command::Get { channel } => {
-                let Some((message, returns)) = self.take() else { return Answer::Got(None) };
-                let channel = self.channels.entry(channel).or_default();
-                channel.tags += 1;
-                channel.held.insert(channel.tags, (message, returns));
-                Answer::Got(Some((message, channel.tags, returns > 0)))
             }
             Command::Ack { channel, tag, multiple } => {
                 let held = &mut self.channels.entry(channel).or_default().held;
@@ -92,7 +79,7 @@ impl Queue {
             }
             Command::GiveBack { channel, tag } => match self.channels.entry(channel).or_default().held.remove(&tag) {
                 Some((message, returns)) => {
-                    self.give_back(message, returns);
+                    self.waiting.insert(message, returns + 1);
                     Answer::Done
                 }
                 None => {
@@ -107,27 +94,25 @@ impl Queue {
         }
     }
 
-    /// The numbers of the messages that are neither acknowledged nor held, in no order.
-    pub fn waiting(&self) -> Vec<u64> {
-        let mut waiting: Vec<_> = self.waiting.iter().map(|(message, _)| *message).collect();
-        waiting.sort_unstable();
-        waiting
+    /// `basic.get` handed out this message: under which tag, and whether as one that was delivered before. `None` where it
+    /// could not have.
+    pub fn hand_out(&mut self, channel: u8, message: u64) -> Option<(u64, bool)> {
+        let returns = self.waiting.remove(&message)?;
+        let channel = self.channels.entry(channel).or_default();
+        channel.tags += 1;
+        channel.held.insert(channel.tags, (message, returns));
+        Some((channel.tags, returns > 0))
     }
 
-    fn take(&mut self) -> Option<(u64, u64)> {
-        self.waiting.pop_front()
+    /// Whether nothing waits: every message is acknowledged or held.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     fn close(&mut self, channel: u8) {
         let held = self.channels.remove(&channel).unwrap_or_default().held;
         for (message, returns) in held.into_values() {
-            self.give_back(message, returns);
+            self.waiting.insert(message, returns + 1);
         }
-    }
-
-    /// Quorum queues hand out what came back before what is new, in the order in which it came back.
-    fn give_back(&mut self, message: u64, returns: u64) {
-        let behind = self.waiting.iter().position(|(_, returns)| *returns == 0).unwrap_or(self.waiting.len());
-        self.waiting.insert(behind, (message, returns + 1));
     }
 }
