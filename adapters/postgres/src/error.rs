@@ -1,6 +1,7 @@
 //! The edge: where an error of sqlx or PostgreSQL becomes one of hapax, in one function.
 //!
-//! Only the server's message is told: its detail can quote rows. No text holds a URL, since the store never sees one.
+//! Only the server's message and code are told and kept: its detail can quote rows. No text holds a URL, since the store
+//! never sees one.
 
 use std::sync::Arc;
 
@@ -9,8 +10,6 @@ use hapax::{Error, ErrorKind};
 /// SQLSTATE codes, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
 pub(crate) mod code {
     pub(crate) const LOCK_NOT_AVAILABLE: &str = "55P03";
-    pub(crate) const READ_ONLY: &str = "25006";
-    pub(crate) const IN_FAILED_TRANSACTION: &str = "25P02";
     pub(crate) const SERIALIZATION_FAILURE: &str = "40001";
     pub(crate) const DEADLOCK_DETECTED: &str = "40P01";
     pub(crate) const QUERY_CANCELED: &str = "57014";
@@ -27,12 +26,15 @@ pub(crate) mod code {
 pub(crate) struct Fault {
     pub(crate) kind: ErrorKind,
     text: String,
+    /// The server's code, if it was the server that answered.
+    code: Option<Box<str>>,
+    /// What sqlx itself says; never what the server answered.
     source: Option<Arc<sqlx::Error>>,
 }
 
 impl Fault {
     pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
-        Self { kind, text: text.into(), source: None }
+        Self { kind, text: text.into(), code: None, source: None }
     }
 
     pub(crate) fn unavailable(text: impl Into<String>) -> Self {
@@ -51,34 +53,55 @@ impl Fault {
         Self::new(ErrorKind::Rejected, text)
     }
 
-    /// The server's code, if it was the server that answered.
-    pub(crate) fn code(&self) -> Option<String> {
-        self.source.as_deref().and_then(sqlstate)
+    /// The same, but an item's own doing.
+    pub(crate) fn of_an_item(self) -> Self {
+        Self { kind: ErrorKind::Rejected, ..self }
     }
 
     pub(crate) fn has_code(&self, code: &str) -> bool {
-        self.code().as_deref() == Some(code)
+        self.code.as_deref() == Some(code)
     }
 
     /// Whether the connection may be used again: the server refused a statement, and went on.
     pub(crate) fn leaves_connection(&self) -> bool {
-        match self.code().as_deref() {
-            // Another server may take writes; one that shuts down closes the connection itself.
-            Some(code::READ_ONLY) => false,
-            Some(code) => !["08", "57P"].iter().any(|class| code.starts_with(class)),
+        match self.code.as_deref() {
+            // Inside a transaction that nobody ends (25), or read-only (25006), where another server may take writes; one
+            // that shuts down closes the connection itself.
+            Some(code) => !["08", "25", "57P"].iter().any(|class| code.starts_with(class)),
             None => false,
         }
     }
 
+    /// A handler's transaction in which nothing more can be done because of what the handler did to it: its failure.
+    /// What is wrong with the tables themselves is told by the next claim, outside of it.
+    pub(crate) fn in_transaction(self) -> Self {
+        let is_of_handler = match self.code.as_deref() {
+            // An aborted transaction, or one turned read-only; but not one that the server ended for its idling.
+            Some(code) if code.starts_with("25") => code != code::IDLE_IN_TRANSACTION,
+            // A page is damaged.
+            Some(code) if code.starts_with("XX") => false,
+            Some(_) => matches!(self.kind, ErrorKind::Internal | ErrorKind::Configuration | ErrorKind::Incompatible),
+            None => false,
+        };
+        if !is_of_handler {
+            return self;
+        }
+        let text = format!(
+            "the handler left a transaction that cannot be recorded in: {}; return the error of a statement that \
+             failed, take a savepoint for what may fail, and set back what was set",
+            self.text
+        );
+        Self { kind: ErrorKind::Rejected, text, ..self }
+    }
+
     /// A commit whose answer was lost may have taken place; one that the server refused has not.
     pub(crate) fn at_commit(self) -> Self {
-        match self.code().as_deref() {
-            // Deferred constraints and the like: what the handler wrote is refused.
-            Some(code) if code.starts_with("23") || code.starts_with("22") => {
-                Self { kind: ErrorKind::Rejected, ..self }
-            }
-            Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED | code::IN_FAILED_TRANSACTION) => self,
-            _ => Self { kind: ErrorKind::Unknown, ..self },
+        let told = self.in_transaction();
+        match told.code.as_deref() {
+            // Deferred constraints, their triggers and the like: what the handler wrote is refused.
+            Some(_) if told.kind == ErrorKind::Rejected => told,
+            Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED) => told,
+            _ => Self { kind: ErrorKind::Unknown, ..told },
         }
     }
 
@@ -103,29 +126,29 @@ impl From<sqlx::Error> for Fault {
             | sqlx::Error::PoolTimedOut
             | sqlx::Error::PoolClosed
             | sqlx::Error::WorkerCrashed
+            // A connection of the pool that sqlx knows to be inside a transaction, which nobody ended.
+            | sqlx::Error::InvalidSavePointStatement
             | sqlx::Error::BeginFailed => ErrorKind::Unavailable,
             sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => ErrorKind::Configuration,
             _ => ErrorKind::Internal,
         };
-        let text = match error.as_database_error() {
-            Some(database) => format!("{} ({})", database.message(), sqlstate(&error).unwrap_or_default()),
-            None => error.to_string(),
+        let Some(database) = error.as_database_error() else {
+            return Self { kind, text: error.to_string(), code: None, source: Some(Arc::new(error)) };
         };
-        Self { kind, text, source: Some(Arc::new(error)) }
+        let code = sqlstate(&error).unwrap_or_default();
+        Self { kind, text: format!("{} ({code})", database.message()), code: Some(code.into()), source: None }
     }
 }
 
 /// What a code of the server means for the caller. PgBouncer says that it has no server with `08P01`.
 fn kind_of(sqlstate: &str) -> ErrorKind {
     match sqlstate {
-        code::LOCK_NOT_AVAILABLE | code::READ_ONLY | code::QUERY_CANCELED | code::IDLE_IN_TRANSACTION => {
-            ErrorKind::Unavailable
-        }
+        code::LOCK_NOT_AVAILABLE | code::QUERY_CANCELED => ErrorKind::Unavailable,
         code::UNDEFINED_TABLE | code::UNDEFINED_COLUMN | code::INVALID_SCHEMA => ErrorKind::Incompatible,
         code::INSUFFICIENT_PRIVILEGE | code::INVALID_DATABASE => ErrorKind::Configuration,
         _ => match sqlstate.get(..2).unwrap_or_default() {
-            // Connection, transaction rolled back, resources, operator intervention, system.
-            "08" | "40" | "53" | "57" | "58" => ErrorKind::Unavailable,
+            // Connection, transaction state, transaction rolled back, resources, operator intervention, system.
+            "08" | "25" | "40" | "53" | "57" | "58" => ErrorKind::Unavailable,
             "28" => ErrorKind::Configuration,
             // Cardinality: one key twice in a batch, which halving it separates.
             "21" | "22" | "23" => ErrorKind::Rejected,
@@ -146,9 +169,10 @@ mod tests {
 
     #[test]
     fn what_passes_by_itself_is_asked_again_and_what_an_item_causes_is_rejected() {
-        for passing in
-            ["40001", "40P01", "55P03", "57014", "57P01", "57P03", "08006", "08P01", "53300", "53100", "25006"]
-        {
+        for passing in [
+            "40001", "40P01", "55P03", "57014", "57P01", "57P03", "08006", "08P01", "53300", "53100", "25006", "25P02",
+            "25001",
+        ] {
             assert_eq!(kind_of(passing), ErrorKind::Unavailable, "{passing}");
         }
         for refused in ["21000", "22021", "23505"] {

@@ -44,7 +44,7 @@ impl Desk<'_> {
             Self::Transaction { connection, mark, deadline } => {
                 let asked = timeout(*deadline, ask_on(connection, message)).await;
                 let late = || Fault::unavailable(format!("no answer within {deadline:?}"));
-                let replies = asked.map_err(|_| late())?.map_err(broken)?;
+                let replies = asked.map_err(|_| late())?.map_err(Fault::in_transaction)?;
                 check_mark(&replies, *mark)?;
                 replies
             }
@@ -52,17 +52,6 @@ impl Desk<'_> {
         check_prelude(&replies, 0, Some(distinct(ids).len()))?;
         Ok(replies)
     }
-}
-
-/// A statement of the handler's failed, it went on, and the server refuses the whole transaction.
-fn broken(fault: Fault) -> Fault {
-    if fault.has_code(code::IN_FAILED_TRANSACTION) {
-        return Fault::rejected(
-            "a statement of the handler's failed, and the handler did not tell: return the error, or take a savepoint \
-             for what may fail",
-        );
-    }
-    fault
 }
 
 fn check_mark(replies: &Replies, mark: u64) -> Result<(), Fault> {
@@ -90,7 +79,8 @@ pub(crate) async fn record(
     order.sort_unstable_by_key(|&n| id(&batch[n]));
     let sorted: Vec<_> = order.iter().map(|&n| &batch[n]).collect();
     let ids: Vec<Id> = sorted.iter().map(|item| id(item)).collect();
-    let replies = desk.ask(statements.record(&sorted, desk.within()), &ids).await?;
+    let asked = desk.ask(statements.record(&sorted, desk.within()), &ids).await;
+    let replies = asked.map_err(|fault| locked(fault, batch.len(), desk))?;
     let written = sorted_ids(replies.get(1))?;
     let mut answers = vec![Recorded::Done; batch.len()];
     order.retain(|&n| written.binary_search(&id(&batch[n])).is_err());
@@ -99,7 +89,8 @@ pub(crate) async fn record(
     }
     let sorted: Vec<_> = order.iter().map(|&n| &batch[n]).collect();
     let ids: Vec<Id> = sorted.iter().map(|item| id(item)).collect();
-    let replies = desk.ask(statements.record_anew(&sorted, desk.within()), &ids).await?;
+    let asked = desk.ask(statements.record_anew(&sorted, desk.within()), &ids).await;
+    let replies = asked.map_err(|fault| locked(fault, batch.len(), desk))?;
     let anew = sorted_ids(replies.get(1))?;
     let seen = replies.get(2).map(Vec::as_slice).unwrap_or_default().iter().map(Seen::read);
     let seen = seen.collect::<Result<Vec<_>, Fault>>()?;
@@ -114,6 +105,13 @@ pub(crate) async fn record(
         };
     }
     Ok(answers)
+}
+
+/// One record that another transaction locks must not hold up the rest: the batch is halved until it stands alone. There
+/// it is asked again until it is recorded. (A handler's transaction is broken by it as a whole.)
+fn locked(fault: Fault, batch: usize, desk: &Desk<'_>) -> Fault {
+    let is_apart = matches!(desk, Desk::Lines(_)) && batch > 1 && fault.has_code(code::LOCK_NOT_AVAILABLE);
+    if is_apart { fault.of_an_item() } else { fault }
 }
 
 fn id((held, _): &(Lease, Outcome)) -> Id {

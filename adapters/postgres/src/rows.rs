@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use hapax::record::{Moment, Record, State};
+use hapax::record::{self, Moment, Record, State};
 use hapax::{
     Claim, ClaimRequest, ConsumerId, EventKey, Fingerprint, History, Lease, Outcome, Reason, Recorded, Status, Trouble,
 };
@@ -90,13 +90,15 @@ impl Seen {
         let moment = |column| Ok::<_, Fault>(Moment(u64::try_from(row.try_get::<i64, _>(column)?).unwrap_or_default()));
         let (time, last) = (moment(4)?, fence(row, 5)?);
         let reason: Option<&str> = row.try_get(9)?;
+        let doomed: Option<i64> = row.try_get(12)?;
+        let since = doomed.and_then(|fence| u64::try_from(fence).ok()).and_then(NonZeroU64::new).unwrap_or(last);
         let reason = reason.map_or(Reason::Permanent, Reason::from_word);
         let state = match row.try_get::<i16, _>(3)? {
             0 => Some(State::Claimed { until: time }),
             1 => Some(State::Waiting { until: time }),
-            2 => Some(State::Doomed { until: time, reason, since: last }),
+            2 => Some(State::Doomed { until: time, reason, since }),
             3 => Some(State::Processed { at: time }),
-            4 => Some(State::DeadLettered { at: time, reason, since: last }),
+            4 => Some(State::DeadLettered { at: time, reason, since }),
             FORGOTTEN => None,
             other => return Err(Fault::incompatible(format!("a record is in state {other}, which is unknown"))),
         };
@@ -118,22 +120,17 @@ impl Seen {
     }
 }
 
-/// What a claim that was not granted finds.
+/// What a claim that was not granted finds. The record may have changed since: the answer is what a claim at the moment
+/// of reading would have been told, and where that would be a grant, to ask again.
 pub(crate) fn not_granted(request: &ClaimRequest, seen: Option<&Seen>) -> Claim {
-    let Some((now, record)) = seen.and_then(|seen| seen.record.as_ref().map(|record| (seen.now, record))) else {
+    let Some((now, found)) = seen.and_then(|seen| seen.record.as_ref().map(|record| (seen.now, record))) else {
         // It was there, and is gone.
         return Claim::Held { wait: SOON };
     };
-    if !record.fingerprint.agrees(request.fingerprint) {
-        return Claim::Conflict;
-    }
-    // What has become free since was not when it was asked.
-    let wait = |until: Moment| if until > now { until.since(now) } else { SOON };
-    match record.state {
-        State::Processed { at } => Claim::Processed { ago: now.since(at) },
-        State::DeadLettered { at, .. } => Claim::DeadLettered { ago: now.since(at) },
-        State::Claimed { until } | State::Doomed { until, .. } => Claim::Held { wait: wait(until) },
-        State::Waiting { until } => Claim::NotYet { wait: wait(until) },
+    match record::claim(&mut Some(found.clone()), request, SOON, now) {
+        Claim::Granted(..) if matches!(found.state, State::Waiting { .. }) => Claim::NotYet { wait: SOON },
+        Claim::Granted(..) => Claim::Held { wait: SOON },
+        told => told,
     }
 }
 
@@ -153,5 +150,42 @@ pub(crate) fn not_recorded(held: &Lease, outcome: &Outcome, seen: Option<&Seen>)
         Status::DeadLettered if matches!(outcome, Outcome::Doomed { .. }) => Some(Recorded::AlreadyDone),
         _ if state_number(is) == wanted => Some(Recorded::AlreadyDone),
         _ => Some(Recorded::Fenced),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fence(number: u64) -> NonZeroU64 {
+        NonZeroU64::new(number).expect("not zero")
+    }
+
+    fn told(state: State, data: &[u8], reopen: Option<u64>) -> Claim {
+        let (key, consumer) = (EventKey::of("billing", "shop", "1"), ConsumerId(1));
+        let fingerprint = Fingerprint::of(None, data);
+        let request = ClaimRequest { consumer, key, fingerprint, token: 9, reopen: reopen.map(fence) };
+        let (fingerprint, first) = (Fingerprint::of(None, b"data"), Moment(1));
+        let record =
+            Record { state, fingerprint, fence: fence(7), attempt: 1, crashes: 0, token: 0, first, trouble: None };
+        not_granted(&request, Some(&Seen { id: (key, consumer), now: Moment(1_000), record: Some(record) }))
+    }
+
+    #[test]
+    fn what_is_told_of_a_record_that_changed_is_true_at_the_moment_of_reading() {
+        let ended = State::DeadLettered { at: Moment(900), reason: Reason::Permanent, since: fence(5) };
+        for token in 5..=7 {
+            assert_eq!(told(ended, b"data", Some(token)), Claim::Held { wait: SOON }, "{token} reopens it");
+            assert_eq!(told(ended, b"other", Some(token)), Claim::Held { wait: SOON }, "{token} with other data");
+        }
+        for stale in [None, Some(4), Some(8)] {
+            assert!(matches!(told(ended, b"data", stale), Claim::DeadLettered { .. }), "{stale:?}");
+        }
+        let abandoned = |until| State::Doomed { until: Moment(until), reason: Reason::Permanent, since: fence(5) };
+        assert_eq!(told(abandoned(900), b"other", Some(6)), Claim::Held { wait: SOON }, "its letter reopens it");
+        assert!(matches!(told(abandoned(5_000), b"data", Some(6)), Claim::Held { wait } if wait < SOON));
+        assert_eq!(told(State::Claimed { until: Moment(900) }, b"data", None), Claim::Held { wait: SOON });
+        assert_eq!(told(State::Waiting { until: Moment(900) }, b"data", None), Claim::NotYet { wait: SOON });
+        assert_eq!(told(State::Processed { at: Moment(900) }, b"other", None), Claim::Conflict);
     }
 }

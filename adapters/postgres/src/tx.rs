@@ -4,12 +4,16 @@
 //! the handler ended the transaction by itself is told by a setting that lives as long as the transaction does.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hapax::{ErrorKind, Lease, Outcome, Recorded};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Transaction};
-use tokio::sync::oneshot;
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::PgTransactionManager;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Postgres, SqlSafeStr, Transaction};
+use sqlx_core::transaction::TransactionManager;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use crate::error::Fault;
@@ -22,6 +26,18 @@ pub const HAND_BACK_MAX: Duration = Duration::from_secs(5);
 
 /// How long a connection and the answer to `BEGIN` are waited for.
 pub const BEGIN_MAX: Duration = Duration::from_secs(10);
+
+/// How long another handler's transaction is waited for where as many are open as may be.
+const TURN_MAX: Duration = Duration::from_secs(30);
+
+/// Connections of the pool that handlers leave for claims, renewals and records.
+const LEFT: u32 = 2;
+
+/// How many transactions of handlers may be open at once on `pool`.
+pub(crate) fn turns(pool: &PgPool) -> usize {
+    let most = pool.options().get_max_connections().saturating_sub(LEFT).max(1);
+    usize::try_from(most).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
+}
 
 /// What a handler gets: derefs to sqlx's connection, inside the transaction in which the event is recorded.
 ///
@@ -69,13 +85,13 @@ impl Deref for PgTx {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        &self.held.as_ref().expect("held until it is dropped").transaction
+        &self.held.as_ref().expect("held until it is dropped").connection
     }
 }
 
 impl DerefMut for PgTx {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        &mut self.held.as_mut().expect("held until it is dropped").transaction
+        &mut self.held.as_mut().expect("held until it is dropped").connection
     }
 }
 
@@ -96,28 +112,84 @@ pub struct PgLent {
     deadline: Duration,
 }
 
+/// An open transaction. Dropping it rolls back.
 #[derive(Debug)]
 struct Held {
-    transaction: Transaction<'static, Postgres>,
+    connection: PoolConnection<Postgres>,
     mark: u64,
+    is_committed: bool,
+    // Let go after the connection.
+    _turn: OwnedSemaphorePermit,
 }
 
-pub(crate) async fn begin(lines: &Lines, statements: &Statements) -> Result<(PgTx, PgLent), Fault> {
+impl Held {
+    /// What sqlx believes of the connection: inside the transaction, and in no savepoint of it. Where it believes
+    /// otherwise, its commit would release the savepoint or do nothing, and report success.
+    fn check_depth(&self) -> Result<(), Fault> {
+        match depth(&self.connection) {
+            1 => Ok(()),
+            0 => Err(Fault::rejected(
+                "the handler ended hapax' transaction, or dropped a savepoint() before it was there: what it wrote is \
+                 rolled back",
+            )),
+            _ => Err(Fault::rejected("the handler left a savepoint open: commit it, roll it back, or drop it")),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.is_committed {
+            return;
+        }
+        if depth(&self.connection) == 0 {
+            // What is open there, if anything is, sqlx would not end.
+            self.connection.close_on_drop();
+        }
+        // From the innermost savepoint on, which alone would leave the transaction open.
+        while depth(&self.connection) > 0 {
+            PgTransactionManager::start_rollback(&mut self.connection);
+        }
+    }
+}
+
+fn depth(connection: &PgConnection) -> usize {
+    PgTransactionManager::get_transaction_depth(connection)
+}
+
+pub(crate) async fn begin(
+    lines: &Lines,
+    statements: &Statements,
+    turns: &Arc<Semaphore>,
+) -> Result<(PgTx, PgLent), Fault> {
     static MARKS: AtomicU64 = AtomicU64::new(1);
     let mark = MARKS.fetch_add(1, Ordering::Relaxed);
     let (pool, begin) = (lines.pool().clone(), AssertSqlSafe(statements.begin(mark)));
+    let turn = timeout(TURN_MAX, Arc::clone(turns).acquire_owned()).await;
+    let turn = turn.map_err(|_| Fault::unavailable(format!("no other transaction ended within {TURN_MAX:?}")))?;
+    let turn = turn.map_err(|_| Fault::new(ErrorKind::Internal, "the turns are closed"))?;
     // In a task, since sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has
     // come. Should nobody want it any more, it is rolled back as soon as it is there.
     let begun = tokio::spawn(async move {
-        let connection = timeout(ACQUIRE_MAX, pool.acquire()).await.map_err(|_| sqlx::Error::PoolTimedOut)??;
-        Transaction::begin(connection, Some(sqlx::SqlSafeStr::into_sql_str(begin))).await
+        let mut connection = timeout(ACQUIRE_MAX, pool.acquire()).await.map_err(|_| sqlx::Error::PoolTimedOut)??;
+        let begun = PgTransactionManager::begin(&mut connection, Some(begin.into_sql_str()));
+        // Bounded here too: a server that does not answer must not keep the turn.
+        let begun = timeout(BEGIN_MAX, begun).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        match begun {
+            Ok(()) => Ok(Held { connection, mark, is_committed: false, _turn: turn }),
+            Err(error) => {
+                // It may be inside a transaction: one that somebody left open, or ours.
+                connection.close_on_drop();
+                Err(error)
+            }
+        }
     });
     let begun = timeout(BEGIN_MAX, begun).await;
     let late = || Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}"));
     let begun = begun.map_err(|_| late())?;
-    let transaction = begun.map_err(|_| Fault::new(ErrorKind::Internal, "the task that begins panicked"))??;
+    let held = begun.map_err(|_| Fault::new(ErrorKind::Internal, "the task that begins panicked"))??;
     let (home, back) = oneshot::channel();
-    let tx = PgTx { held: Some(Held { transaction, mark }), home: Some(home) };
+    let tx = PgTx { held: Some(held), home: Some(home) };
     Ok((tx, PgLent { back: Some(back), held: None, deadline: lines.deadline() }))
 }
 
@@ -134,7 +206,9 @@ impl PgLent {
             self.back = None;
             self.held = held.ok();
         }
-        self.held.as_mut().ok_or_else(lost)
+        let held = self.held.as_mut().ok_or_else(lost)?;
+        held.check_depth()?;
+        Ok(held)
     }
 
     pub(crate) async fn record(
@@ -143,18 +217,24 @@ impl PgLent {
         batch: &[(Lease, Outcome)],
     ) -> Result<Vec<Recorded>, Fault> {
         let deadline = self.deadline;
-        let Held { transaction, mark } = self.held().await?;
-        let mut desk = Desk::Transaction { connection: &mut *transaction, mark: *mark, deadline };
+        let Held { connection, mark, .. } = self.held().await?;
+        let mut desk = Desk::Transaction { connection: &mut *connection, mark: *mark, deadline };
         outcomes::record(statements, batch, &mut desk).await
     }
 
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
         let deadline = self.deadline;
-        self.held().await?;
-        let Held { transaction, .. } = self.held.take().ok_or_else(lost)?;
-        match timeout(deadline, transaction.commit()).await {
-            Ok(done) => done.map_err(|error| Fault::from(error).at_commit()),
-            Err(_) => Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
+        let held = self.held().await?;
+        match timeout(deadline, PgTransactionManager::commit(&mut held.connection)).await {
+            Ok(Ok(())) => {
+                held.is_committed = true;
+                Ok(())
+            }
+            Ok(Err(error)) => Err(Fault::from(error).at_commit()),
+            Err(_) => {
+                held.connection.close_on_drop();
+                Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}")))
+            }
         }
     }
 }

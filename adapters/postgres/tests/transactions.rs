@@ -194,17 +194,139 @@ async fn a_deferred_constraint_fails_the_commit_and_leaves_nothing() {
     assert_eq!(status(&store, 1).await, Some(Status::Claimed));
 }
 
+/// What a handler did to its session makes the record or the commit fail: its failure, and nobody else's. The consumer
+/// would stop for an error of configuration or a bug.
+#[tokio::test]
+async fn a_transaction_that_its_handler_broke_is_the_handlers_failure() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let schema = &place.schema;
+    run(
+        &place.owner,
+        format!(
+            "CREATE TABLE {schema}.checked (id int); \
+             CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN RAISE EXCEPTION 'refused at the end'; END $$; \
+             CREATE CONSTRAINT TRIGGER late AFTER INSERT ON {schema}.checked DEFERRABLE INITIALLY DEFERRED \
+             FOR EACH ROW EXECUTE FUNCTION {schema}.refuse()"
+        ),
+    )
+    .await;
+    // 42501 and 25006 where it is recorded, P0001 at the commit.
+    let broken = [
+        "SET LOCAL ROLE pg_read_all_settings".to_owned(),
+        "SET TRANSACTION READ ONLY".to_owned(),
+        format!("INSERT INTO {schema}.checked VALUES (1)"),
+    ];
+    for (n, statement) in broken.into_iter().enumerate() {
+        let held = lease(&store, consumer, n as u64).await;
+        let (mut tx, mut lent) = store.begin().await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *tx).await.unwrap();
+        drop(tx);
+        let error = match store.record_in(&mut lent, &[(held, Outcome::Processed)]).await {
+            Ok(recorded) => {
+                assert_eq!(recorded, [Recorded::Done], "{statement}");
+                store.commit(lent).await.unwrap_err()
+            }
+            Err(error) => error,
+        };
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{statement}: {error}");
+        assert_eq!(status(&store, n as u64).await, Some(Status::Claimed), "{statement}");
+    }
+    no_transaction_stays_open(&place).await;
+}
+
+/// sqlx would release the savepoint and call that a commit, and would roll back to it and call that a rollback.
+#[tokio::test]
+async fn a_savepoint_left_open_does_not_pass_for_a_commit() {
+    let place = Place::fresh().await;
+    // One connection, so that the next to use it is the one that finds what was left.
+    let store = PostgresStore::builder(pool_of(server(), 1)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let held = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    std::mem::forget(tx.savepoint().await.unwrap());
+    place.write(&mut tx, "lost").await;
+    drop(tx);
+    let recorded = store.record_in(&mut lent, &[(held, Outcome::Processed)]).await;
+    let error = match recorded {
+        Ok(_) => store.commit(lent).await.expect_err("nothing was committed"),
+        Err(error) => {
+            drop(lent);
+            error
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    assert_eq!(
+        store.record(&[(held, Outcome::Processed)]).await.unwrap(),
+        [Recorded::Done],
+        "on a connection in order"
+    );
+    assert_eq!(place.rows().await.len(), 0);
+}
+
+/// The values of a row stay out of what is logged: PostgreSQL quotes them in an error's detail.
+#[tokio::test]
+async fn no_value_of_a_row_is_shown() {
+    const CANARY: &str = "canary-4111111111111111";
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let unique = format!("ALTER TABLE {}.effects ADD UNIQUE (what) DEFERRABLE INITIALLY DEFERRED", place.schema);
+    run(&place.owner, unique).await;
+    let held = lease(&store, consumer, 1).await;
+    let (mut tx, mut lent) = store.begin().await.unwrap();
+    place.write(&mut tx, CANARY).await;
+    place.write(&mut tx, CANARY).await;
+    drop(tx);
+    assert_eq!(store.record_in(&mut lent, &[(held, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    let error = store.commit(lent).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    assert!(error.to_string().contains("23505"), "{error}");
+    let shown = format!("{error} {error:?} {:#?}", std::error::Error::source(&error));
+    assert!(!shown.contains(CANARY), "{shown}");
+}
+
 /// The pool is exhausted: `begin` answers in bounded time and waits for nobody for ever.
 #[tokio::test]
 async fn beginning_is_bounded_in_time() {
     let place = Place::fresh().await;
     let store = PostgresStore::builder(pool_of(server(), 2)).schema(&*place.schema).sweep_every(Duration::ZERO);
     let store = store.connect().await.unwrap();
-    let taken = [store.begin().await.unwrap(), store.begin().await.unwrap()];
+    let taken = [store.pool().acquire().await.unwrap(), store.pool().acquire().await.unwrap()];
     let begun = tokio::time::timeout(Duration::from_secs(15), store.begin()).await.expect("an answer");
     let error = begun.map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     drop(taken);
+    store.begin().await.unwrap();
+}
+
+/// Consumers that share a store share its pool: however many handlers want a transaction, two connections are left for
+/// claims, renewals and records.
+#[tokio::test]
+async fn the_transactions_of_all_clones_leave_connections_for_claims() {
+    let place = Place::fresh().await;
+    let store = PostgresStore::builder(pool_of(server(), 4)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let held = lease(&store, consumer, 1).await;
+    let running = (store.begin().await.unwrap(), store.clone().begin().await.unwrap());
+    let other = store.clone();
+    let mut waiting = tokio::spawn(async move { other.begin().await });
+    let early = tokio::time::timeout(Duration::from_millis(500), &mut waiting).await;
+    assert!(early.is_err(), "a third waits its turn");
+    let renewed = tokio::time::timeout(Duration::from_secs(3), store.renew(&[held], LEASE)).await;
+    assert_eq!(renewed.expect("a connection is free").unwrap(), [Renewal::Renewed]);
+    let (first, second) = running;
+    drop(first);
+    let third =
+        tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("its turn has come").unwrap().unwrap();
+    // The handler's half alone does not end a turn.
+    let (tx, lent) = third;
+    drop(tx);
+    let early = tokio::time::timeout(Duration::from_millis(300), store.begin()).await;
+    assert!(early.is_err(), "its transaction is still to be committed");
+    drop((lent, second));
     store.begin().await.unwrap();
 }
 

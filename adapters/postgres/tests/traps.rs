@@ -5,14 +5,17 @@
 mod fixture;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fixture::{
     Bouncer, LEASE, Place, RETENTION, Through, claim, failed, key, lease, leases, number, pool_of, process, request,
     run, server,
 };
-use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded, Renewal};
+use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded, Renewal, TransactionalStore};
 use hapax_postgres::PostgresStore;
+use hapax_postgres::sqlx::postgres::PgPoolOptions;
 use hapax_postgres::sqlx::{self, AssertSqlSafe, Connection, Executor};
 use tokio::time::Instant;
 
@@ -215,6 +218,143 @@ async fn a_batch_swallowed_by_somebodys_open_transaction_is_not_believed() {
     );
     let other = place.store().await;
     assert!(matches!(claim(&other, consumer, 1, 3).await, Claim::Held { .. }), "and it was committed");
+}
+
+/// Nor does one that a failed statement has aborted (25P02), or that asked for another isolation level (25001), stop
+/// anybody: it is closed, and the next call has another.
+#[tokio::test]
+async fn a_transaction_left_broken_on_a_connection_is_closed_and_asked_again() {
+    let place = Place::fresh().await;
+    let store = PostgresStore::builder(pool_of(server(), 1)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    for (n, left) in ["BEGIN; SELECT 1 / 0", "BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT 1"].into_iter().enumerate() {
+        let leave = async || {
+            let mut connection = store.pool().acquire().await.unwrap();
+            for statement in left.split("; ") {
+                let _aborted = sqlx::raw_sql(statement).execute(&mut *connection).await;
+            }
+        };
+        leave().await;
+        let error = store.claim(&[request(consumer, n as u64, 1)], LEASE).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{left}: {error}");
+        assert!(matches!(claim(&store, consumer, n as u64, 1).await, Claim::Granted(..)), "{left}");
+        leave().await;
+        let error = store.begin().await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{left}: {error}");
+        drop(store.begin().await.expect("the next connection is in order"));
+    }
+}
+
+/// What somebody left uncommitted on a connection is not committed with what a handler writes.
+#[tokio::test]
+async fn a_handler_does_not_run_inside_somebodys_open_transaction() {
+    let place = Place::fresh().await;
+    let store = PostgresStore::builder(pool_of(server(), 1)).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let held = lease(&store, consumer, 1).await;
+    let mut connection = store.pool().acquire().await.unwrap();
+    let leftover = format!("INSERT INTO {}.effects VALUES ('leftover')", place.schema);
+    for statement in ["BEGIN".to_owned(), leftover] {
+        connection.execute(AssertSqlSafe(statement)).await.unwrap();
+    }
+    drop(connection);
+    let error = store.begin().await.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    let (mut tx, mut lent) = store.begin().await.expect("on another connection");
+    place.write(&mut tx, "effect").await;
+    drop(tx);
+    assert_eq!(store.record_in(&mut lent, &[(held, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    store.commit(lent).await.unwrap();
+    assert_eq!(place.rows().await, ["effect"]);
+}
+
+/// Two messages make up the answer to a claim that is not granted, and a holder may dead-letter the event between them.
+/// A redriven letter that comes then is not a duplicate of itself: acked as one, it would be lost.
+#[tokio::test]
+async fn a_redriven_letter_that_comes_while_its_event_ends_is_not_a_duplicate() {
+    let place = Place::fresh().await;
+    let (other, consumer) = place.opened().await;
+    let held = lease(&other, consumer, 1).await;
+    assert_eq!(other.record(&[(held, fixture::doomed())]).await.unwrap(), [Recorded::Done]);
+    // A pool of one: every message takes its connection anew, so that something can happen between two of them.
+    let messages = Arc::new(AtomicUsize::new(usize::MAX / 2));
+    let (counted, holder) = (Arc::clone(&messages), other.clone());
+    let pool = PgPoolOptions::new().max_connections(1).before_acquire(move |_, _| {
+        let (before, holder) = (counted.fetch_add(1, Ordering::SeqCst), holder.clone());
+        Box::pin(async move {
+            if before == 1 {
+                holder.record(&[(held, Outcome::DeadLettered)]).await.expect("the holder ends it");
+            }
+            Ok(true)
+        })
+    });
+    let store = PostgresStore::builder(pool.connect_lazy_with(server())).schema(&*place.schema);
+    let store = store.sweep_every(Duration::ZERO).connect().await.unwrap();
+    messages.store(0, Ordering::SeqCst);
+    let redriven = hapax::ClaimRequest { reopen: Some(held.fence), ..request(consumer, 1, 7) };
+    let answer = store.claim(&[redriven], LEASE).await.unwrap().remove(0);
+    assert_eq!(messages.load(Ordering::SeqCst), 2, "the holder came between");
+    assert!(matches!(answer, Claim::Held { wait } if wait < Duration::from_secs(1)), "{answer:?}");
+    let again = store.claim(&[redriven], LEASE).await.unwrap().remove(0);
+    assert!(matches!(&again, Claim::Granted(lease, None) if lease.attempt == 1), "{again:?}");
+}
+
+/// One record that a foreign transaction locks: the leases of its neighbours are renewed and their outcomes recorded. The
+/// runtime halves a batch that is rejected, as here.
+#[tokio::test]
+async fn a_locked_record_leaves_its_neighbours_renewed_and_recorded() {
+    async fn renewed(store: &PostgresStore, held: &[hapax::Lease]) -> Vec<Option<Renewal>> {
+        match store.renew(held, LEASE * 2).await {
+            Ok(answers) => answers.into_iter().map(Some).collect(),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+                if held.len() == 1 {
+                    return vec![None];
+                }
+                let (left, right) = held.split_at(held.len() / 2);
+                [Box::pin(renewed(store, left)).await, Box::pin(renewed(store, right)).await].concat()
+            }
+        }
+    }
+    async fn recorded(store: &PostgresStore, held: &[hapax::Lease]) -> Vec<Option<Recorded>> {
+        let batch: Vec<_> = held.iter().map(|held| (*held, Outcome::Processed)).collect();
+        match store.record(&batch).await {
+            Ok(answers) => answers.into_iter().map(Some).collect(),
+            Err(error) if held.len() == 1 => {
+                // Never given up: what took place must be recorded.
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+                vec![None]
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+                let (left, right) = held.split_at(held.len() / 2);
+                [Box::pin(recorded(store, left)).await, Box::pin(recorded(store, right)).await].concat()
+            }
+        }
+    }
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    let held = leases(&store, consumer, 0..32).await;
+    let mut other = place.owner.begin().await.unwrap();
+    let lock = format!("SELECT 1 FROM {}.hapax_record WHERE key = '{}' FOR UPDATE", place.schema, key(9).to_hex());
+    other.execute(AssertSqlSafe(lock)).await.unwrap();
+
+    let begun = Instant::now();
+    let answers = renewed(&store, &held).await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    for (n, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer, (n != 9).then_some(Renewal::Renewed), "{n}");
+    }
+    let begun = Instant::now();
+    let answers = recorded(&store, &held).await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    for (n, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer, (n != 9).then_some(Recorded::Done), "{n}");
+    }
+    other.rollback().await.unwrap();
+    assert_eq!(store.record(&[(held[9], Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
 }
 
 /// A pool whose sessions ask for other isolation levels: batches run in the one they need.
