@@ -24,8 +24,9 @@ use crate::waiting;
 /// How long `open` waits for the group to tell what this member has. A member beyond the number of partitions is told
 /// nothing, and an outage of the group's coordinator is no fault of settings: `receive` waits for both.
 const JOIN_MAX: Duration = Duration::from_secs(3);
-/// How long `close` waits for the last commit and the goodbye; beyond it they go on without it.
-const CLOSE_MAX: Duration = Duration::from_secs(15);
+/// How long `close` waits for the last commit and the goodbye, less than the runtime waits for it; beyond it they go on
+/// without it.
+const CLOSE_MAX: Duration = Duration::from_millis(1_200);
 
 /// A member of a consumer group on one or several topics.
 ///
@@ -204,11 +205,12 @@ impl Broker for KafkaBroker {
         run.shared.arrivals.notify_waiters();
         if !copies.is_empty() {
             let records = copies.iter().map(|(_, _, entry, settlement)| self.copy(&run, entry, settlement)).collect();
-            let placed = run.producer.send("settle", records).await;
-            for ((at, mut placing, ..), placed) in copies.into_iter().zip(placed) {
-                answers[at] = Some(placed.and_then(|()| placing.placed()));
-            }
-            run.shared.arrivals.notify_waiters();
+            // Each is done as soon as it is confirmed: whoever gives up waiting for one loses no answer about another.
+            let answered = |at: usize, placed: Result<()>| {
+                let (slot, placing, ..) = &mut copies[at];
+                answers[*slot] = Some(placed.and_then(|()| placing.placed()));
+            };
+            run.producer.send("settle", records, answered).await;
         }
         answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(stale()))).collect()
     }
@@ -224,11 +226,17 @@ impl Broker for KafkaBroker {
         let Some(run) = self.run().clone() else { return Ok(()) };
         run.end();
         let mut ended = run.shared.ended.subscribe();
-        let waited = timeout(CLOSE_MAX, ended.wait_for(|ended| *ended)).await;
-        if waited.is_err() {
+        let waited = timeout(CLOSE_MAX, ended.wait_for(|ended| *ended)).await.is_ok();
+        if !waited {
             tracing::warn!("leaving the group takes long; it goes on behind `close`");
         }
-        Ok(())
+        match run.shared.uncommitted() {
+            0 => Ok(()),
+            partitions => Err(Error::new(ErrorKind::Unavailable, "close").because(format!(
+                "the server did not confirm the last commit of {partitions} partitions: what is done in them is delivered \
+                 again, and found processed"
+            ))),
+        }
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -287,7 +295,9 @@ struct Placing<'a> {
 impl Placing<'_> {
     fn placed(&mut self) -> Result<()> {
         self.placed = true;
-        settled(self.shared.placed(self.receipt).then_some(()))
+        let found = self.shared.placed(self.receipt).then_some(());
+        self.shared.arrivals.notify_waiters();
+        settled(found)
     }
 }
 

@@ -5,6 +5,7 @@
 //! the membership nothing.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rdkafka::ClientContext;
@@ -27,11 +28,23 @@ pub(crate) struct Member {
     pub(crate) shared: Arc<Shared>,
     /// What is to be given back, for the thread to answer.
     revoked: Mutex<VecDeque<TopicPartitionList>>,
+    /// Nobody answers any more: the client is going, and takes nothing that is assigned.
+    leaving: AtomicBool,
 }
 
 impl Member {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, revoked: Mutex::default() }
+        Self { shared, revoked: Mutex::default(), leaving: AtomicBool::new(false) }
+    }
+
+    /// From now on what is revoked is let go at once. librdkafka waits for that answer, and dropping a client waits for
+    /// librdkafka.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
     }
 
     pub(crate) fn revoked(&self) -> Option<TopicPartitionList> {
@@ -61,18 +74,21 @@ pub(crate) fn unassign(consumer: &BaseConsumer<Member>, list: &TopicPartitionLis
 impl ConsumerContext for Member {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
         if event != RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
-            if self.shared.is_closing() {
+            if self.is_leaving() || self.shared.is_closing() {
                 unassign(consumer, list);
             } else {
                 self.revoked.lock().unwrap_or_else(PoisonError::into_inner).push_back(list.clone());
             }
             return;
         }
-        // Before the client is told, so that no record comes before its assignment.
-        for (place, partition) in self.spots(list) {
-            self.shared.assign(place, partition);
+        // What another member has by now is not this one's.
+        if !self.is_leaving() {
+            // Before the client is told, so that no record comes before its assignment.
+            for (place, partition) in self.spots(list) {
+                self.shared.assign(place, partition);
+            }
+            self.shared.lock().joined = true;
         }
-        self.shared.lock().joined = true;
         tracing::debug!(partitions = list.count(), "assigned");
         let answered = match consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => consumer.incremental_assign(list),
@@ -91,6 +107,9 @@ impl ClientContext for Member {
     }
 
     fn stats(&self, statistics: Statistics) {
+        if self.is_leaving() {
+            return;
+        }
         let mut state = self.shared.lock();
         for (name, topic) in &statistics.topics {
             let Some(place) = self.shared.places.find(name) else { continue };

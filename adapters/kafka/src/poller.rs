@@ -151,7 +151,12 @@ impl<'a> Poller<'a> {
                     fatal = Some(error("receive", KafkaError::MessageConsumptionFatal(code)));
                     break;
                 }
-                Some(Err(refused)) => self.noted(refused),
+                Some(Err(refused)) => {
+                    fatal = self.noted(refused);
+                    if fatal.is_some() {
+                        break;
+                    }
+                }
             }
             patience = Duration::ZERO;
         }
@@ -192,14 +197,16 @@ impl<'a> Poller<'a> {
         Some((place, Entry { raw, message, origin, home, offset: record.offset(), bytes, due }))
     }
 
-    /// An error that came out of polling. Most pass by themselves; some are to be told.
-    fn noted(&mut self, refused: KafkaError) {
+    /// An error that came out of polling. Most pass by themselves; some are to be told; one that is given back ends this
+    /// member.
+    fn noted(&mut self, refused: KafkaError) -> Option<Error> {
         let code = refused.rdkafka_error_code();
         match code {
-            // This process stood still for longer than the group waits: others have the partitions.
+            // This process stood still for longer than the group waits: others have the partitions. In the midst of a
+            // rebalance nothing is revoked for it, and partitions could be left that are fetched and nobody's.
             Some(Code::PollExceeded) => {
                 tracing::warn!("the group gave this member up: it did not poll for max.poll.interval.ms");
-                self.end_all();
+                return Some(error("receive", refused));
             }
             Some(
                 Code::AllBrokersDown
@@ -220,6 +227,7 @@ impl<'a> Poller<'a> {
             }
             _ => tracing::debug!(error = %refused, "polling goes on"),
         }
+        None
     }
 
     /// Tells the client which partitions to leave alone. Answers whether one of those may be wanted again soon.
@@ -361,13 +369,36 @@ impl<'a> Poller<'a> {
             // What is fetched now belongs to nobody.
             let _ = self.poll(POLL_SOON);
         }
+        if !self.fenced && !self.consumer.assignment_lost() {
+            self.shared.leave_uncommitted();
+        }
         self.end_all();
+        self.answer_revocations();
+        self.consumer.unsubscribe();
+    }
+
+    /// Lets go what librdkafka waits for.
+    fn answer_revocations(&mut self) {
         if let Some(revoking) = self.revoking.take() {
             unassign(&self.consumer, &revoking.list);
         }
         while let Some(list) = self.consumer.context().revoked() {
             unassign(&self.consumer, &list);
         }
-        self.consumer.unsubscribe();
     }
 }
+
+impl Drop for Poller<'_> {
+    /// Whatever ended this member, its client must be able to go.
+    fn drop(&mut self) {
+        self.consumer.context().leave();
+        if std::thread::panicking() {
+            // Before the client takes its time.
+            self.shared.stop(true);
+        }
+        self.answer_revocations();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,24 +5,28 @@
 //! done on a thread of its own.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use backon::BackoffBuilder;
+use backon::{BackoffBuilder, ExponentialBackoff};
 use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hapax::{Error, ErrorKind, Result};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::ClientConfig;
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::future_producer::DeliveryFuture;
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
 use tokio::time::{Instant, sleep};
 
 use crate::client::Logging;
 use crate::error::error;
 use crate::properties::{Client, Properties};
 
-/// How long a sender waits for room in a full queue.
-const ROOM_MAX: Duration = Duration::from_secs(10);
+/// How long a sender waits for room in a full queue: with `message.timeout.ms` less than the runtime's call timeout, so that
+/// an answer is there before nobody waits for it.
+const ROOM_MAX: Duration = Duration::from_secs(3);
 
 /// A record on its way out.
 pub(crate) struct Sending {
@@ -32,9 +36,14 @@ pub(crate) struct Sending {
     pub(crate) headers: OwnedHeaders,
 }
 
-/// A producer; cheap to clone.
+/// A producer; cheap to clone. One that failed for good is replaced by another.
 #[derive(Clone)]
-pub(crate) struct Producer(Arc<Guarded>);
+pub(crate) struct Producer(Arc<Slot>);
+
+struct Slot {
+    config: ClientConfig,
+    current: Mutex<Arc<Guarded>>,
+}
 
 impl fmt::Debug for Producer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,6 +52,19 @@ impl fmt::Debug for Producer {
 }
 
 struct Guarded(Option<FutureProducer<Logging>>);
+
+impl Guarded {
+    fn new(config: &ClientConfig, operation: &'static str) -> Result<Arc<Self>> {
+        let producer = config.create_with_context(Logging).map_err(|refused| error(operation, refused))?;
+        Ok(Arc::new(Self(Some(producer))))
+    }
+
+    /// Whether nothing can be sent with it any more: an idempotent producer ends where its numbers no longer fit those of
+    /// a server.
+    fn is_lost(&self) -> bool {
+        self.0.as_ref().is_some_and(|producer| producer.client().fatal_error().is_some())
+    }
+}
 
 impl Drop for Guarded {
     fn drop(&mut self) {
@@ -55,59 +77,132 @@ impl Drop for Guarded {
 
 impl Producer {
     pub(crate) fn new(properties: &Properties, operation: &'static str) -> Result<Self> {
-        let producer = properties.config(Client::Producer).create_with_context(Logging);
-        Ok(Self(Arc::new(Guarded(Some(producer.map_err(|refused| error(operation, refused))?)))))
+        let config = properties.config(Client::Producer);
+        let current = Mutex::new(Guarded::new(&config, operation)?);
+        Ok(Self(Arc::new(Slot { config, current })))
     }
 
-    fn client(&self) -> Option<&FutureProducer<Logging>> {
-        self.0.0.as_ref()
+    fn current(&self) -> MutexGuard<'_, Arc<Guarded>> {
+        self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends all in order, one answer each, when every in-sync replica has it.
-    pub(crate) async fn send(&self, operation: &'static str, records: Vec<Result<Sending>>) -> Vec<Result<()>> {
-        let mut queued = Vec::with_capacity(records.len());
+    /// Puts another in the place of one that is lost. Answers whether it was.
+    fn replace_if_lost(&self, used: &Arc<Guarded>) -> bool {
+        if !used.is_lost() {
+            return false;
+        }
+        let mut current = self.current();
+        // Else somebody did it before.
+        if Arc::ptr_eq(&current, used) {
+            match Guarded::new(&self.0.config, "send") {
+                Ok(other) => {
+                    tracing::warn!("a producer is lost for good, and is replaced");
+                    *current = other;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a producer is lost for good, and there is no other yet");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Sends all in order, and tells one answer each, by number, as soon as it is known: dropping this loses no answer
+    /// that was there. Done is what every in-sync replica has.
+    pub(crate) async fn send(
+        &self,
+        operation: &'static str,
+        records: Vec<Result<Sending>>,
+        mut answered: impl FnMut(usize, Result<()>),
+    ) {
+        let mut under_way = FuturesUnordered::new();
         let room_until = Instant::now() + ROOM_MAX;
-        for record in records {
-            queued.push(match record {
-                Ok(record) => self.enqueue(operation, &record, room_until).await,
-                Err(refused) => Err(refused),
-            });
+        for (at, record) in records.into_iter().enumerate() {
+            let record = match record {
+                Ok(record) => record,
+                Err(refused) => {
+                    answered(at, Err(refused));
+                    continue;
+                }
+            };
+            let mut waits = room_waits();
+            loop {
+                match self.enqueue(&record) {
+                    Ok((used, delivery)) => {
+                        under_way.push(self.confirm(operation, at, record, used, delivery));
+                        break;
+                    }
+                    Err(KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull)) if Instant::now() < room_until => {
+                        let wait = waits.next().unwrap_or(Duration::from_millis(100));
+                        tokio::select! {
+                            biased;
+                            Some((at, answer)) = under_way.next() => answered(at, answer),
+                            () = sleep(wait) => {}
+                        }
+                    }
+                    Err(refused) => {
+                        answered(at, Err(told(operation, &record.topic, refused)));
+                        break;
+                    }
+                }
+            }
         }
-        let mut answers = Vec::with_capacity(queued.len());
-        for queued in queued {
-            answers.push(match queued {
-                Ok(delivery) => match delivery.await {
-                    Ok(Ok(_)) => Ok(()),
-                    Ok(Err((refused, _))) => Err(error(operation, refused)),
-                    Err(_) => Err(error(operation, KafkaError::Canceled)),
-                },
-                Err(refused) => Err(refused),
-            });
+        while let Some((at, answer)) = under_way.next().await {
+            answered(at, answer);
         }
-        answers
     }
 
-    async fn enqueue(&self, operation: &'static str, record: &Sending, until: Instant) -> Result<DeliveryFuture> {
-        let Some(client) = self.client() else {
-            return Err(Error::new(ErrorKind::Internal, operation).because("the producer is gone"));
+    async fn confirm(
+        &self,
+        operation: &'static str,
+        at: usize,
+        record: Sending,
+        used: Arc<Guarded>,
+        delivery: DeliveryFuture,
+    ) -> (usize, Result<()>) {
+        let answer = match delivery.await {
+            Ok(Ok(_)) => return (at, Ok(())),
+            Ok(Err((refused, _))) => refused,
+            Err(_) => KafkaError::Canceled,
         };
-        let waits = backon::ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(2))
-            .with_max_delay(Duration::from_millis(100))
-            .with_jitter()
-            .without_max_times();
-        let mut waits = waits.build();
+        self.replace_if_lost(&used);
+        (at, Err(told(operation, &record.topic, answer)))
+    }
+
+    /// Puts a record into the queue; of another producer where this one is lost.
+    fn enqueue(&self, record: &Sending) -> KafkaResult<(Arc<Guarded>, DeliveryFuture)> {
+        let mut last = false;
         loop {
+            let used = Arc::clone(&self.current());
+            let Some(client) = used.0.as_ref() else { return Err(KafkaError::Canceled) };
             let mut outgoing = FutureRecord::<[u8], [u8]>::to(&record.topic).headers(record.headers.clone());
             outgoing.key = record.key.as_deref();
             outgoing.payload = record.value.as_deref();
             match client.send_result(outgoing) {
-                Ok(delivery) => return Ok(delivery),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) if Instant::now() < until => {
-                    sleep(waits.next().unwrap_or(Duration::from_millis(100))).await;
-                }
-                Err((refused, _)) => return Err(error(operation, refused)),
+                Ok(delivery) => return Ok((used, delivery)),
+                Err(_) if !last && self.replace_if_lost(&used) => last = true,
+                Err((refused, _)) => return Err(refused),
             }
         }
     }
+}
+
+fn room_waits() -> ExponentialBackoff {
+    let waits = backon::ExponentialBuilder::default().with_min_delay(Duration::from_millis(2));
+    waits.with_max_delay(Duration::from_millis(100)).with_jitter().without_max_times().build()
+}
+
+/// The error of one record. A topic that is not there is a fault of settings where somebody publishes; where a retry or a
+/// dead letter is placed `open` has seen the topic, and it may come back.
+fn told(operation: &'static str, topic: &str, refused: KafkaError) -> Error {
+    use RDKafkaErrorCode as Code;
+    let code = refused.rdkafka_error_code();
+    if matches!(code, Some(Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition)) {
+        let kind = if operation == "publish" { ErrorKind::Configuration } else { ErrorKind::Unavailable };
+        let why =
+            format!("there is no topic `{topic}`, or this user may not see it: create it (kafka-topics.sh --create)");
+        return Error::new(kind, operation).because(why).with_source(refused);
+    }
+    error(operation, refused)
 }

@@ -109,8 +109,12 @@ const PRODUCER_ONLY: [&str; 15] = [
 ];
 
 const SECURITY_PROTOCOL: &str = "security.protocol";
-/// Larger than a body of `body_max` with its headers, so that it is the topic's limit that decides.
-const MESSAGE_BYTES_MAX: &str = "4194304";
+/// librdkafka's most, so that it is the topic's limit that decides: what was taken from a topic must fit through here.
+const MESSAGE_BYTES_MAX: &str = "1000000000";
+/// Less than the runtime's call timeout, with what a sender waits for room: an answer comes while somebody waits for it.
+const MESSAGE_TIMEOUT_MS: &str = "5000";
+/// How long a topic that nobody has heard of may still turn up, less than that.
+const TOPIC_UNKNOWN_MAX_MS: &str = "3000";
 
 impl Properties {
     /// Reads the URL and the properties, and tells every fault.
@@ -140,6 +144,16 @@ impl Properties {
             if passed.contains_key(name) {
                 faults.push(format!("property `{name}` is hapax' own: {instead}"));
             }
+        }
+        // A group that has no committed offset yet would begin behind what it received before a crash, and behind what it
+        // put into its retry topics.
+        if passed.get("auto.offset.reset").is_some_and(|reset| ["latest", "largest", "end"].contains(&reset.as_str())) {
+            faults.push(
+                "property `auto.offset.reset` skips messages that were received and not yet committed: leave it out; for a \
+                 group that is to begin with what comes next, commit that first: kafka-consumer-groups.sh --group G \
+                 --topic T --reset-offsets --to-latest --execute"
+                    .to_owned(),
+            );
         }
         if passed.get("group.protocol").is_some_and(|protocol| protocol.eq_ignore_ascii_case("consumer")) {
             for name in DECIDED_BY_THE_BROKER.iter().filter(|name| passed.contains_key(**name)) {
@@ -236,7 +250,8 @@ impl Properties {
                     .set("acks", "all")
                     .set("enable.idempotence", "true")
                     .set("linger.ms", "2")
-                    .set("message.timeout.ms", "10000")
+                    .set("message.timeout.ms", MESSAGE_TIMEOUT_MS)
+                    .set("topic.metadata.propagation.max.ms", TOPIC_UNKNOWN_MAX_MS)
                     .set("message.max.bytes", MESSAGE_BYTES_MAX);
             }
             Client::Admin => {}
@@ -406,6 +421,29 @@ mod tests {
         }
         let (_, faults) = read("kafka://a", &[("acks", "1"), ("group.id", "g")]);
         assert_eq!(faults.len(), 2, "all at once: {faults:?}");
+    }
+
+    /// A crash before the first commit would skip what was received, and every retry of it.
+    #[test]
+    fn beginning_with_what_comes_next_is_refused_with_the_command() {
+        for reset in ["latest", "largest", "end"] {
+            let (_, faults) = read("kafka://a", &[("auto.offset.reset", reset)]);
+            assert!(faults.len() == 1 && faults[0].contains("--reset-offsets"), "{faults:?}");
+        }
+        for reset in ["earliest", "error"] {
+            assert_eq!(read("kafka://a", &[("auto.offset.reset", reset)]).1, Vec::<String>::new());
+        }
+    }
+
+    /// The runtime gives a call to the broker 10 s by default.
+    #[test]
+    fn what_is_sent_has_an_answer_before_the_runtime_gives_up() {
+        let (properties, _) = read("kafka://a", &[]);
+        let config = properties.config(Client::Producer);
+        let number = |name| config.get(name).and_then(|value| value.parse::<u64>().ok()).expect("a number");
+        assert!(number("message.timeout.ms") <= 5_000);
+        assert!(number("topic.metadata.propagation.max.ms") < number("message.timeout.ms"));
+        assert_eq!(number("message.max.bytes"), 1_000_000_000, "the topic decides");
     }
 
     #[test]

@@ -115,6 +115,9 @@ impl KafkaPublisher {
 impl Publisher for KafkaPublisher {
     async fn publish(&self, batch: Vec<Outgoing>) -> Vec<Result<()>> {
         let records = batch.iter().map(|outgoing| self.record(outgoing)).collect();
-        self.producer.send("publish", records).await
+        let unanswered = || Err(Error::new(ErrorKind::Unknown, "publish").because("there is no answer"));
+        let mut answers: Vec<Result<()>> = batch.iter().map(|_| unanswered()).collect();
+        self.producer.send("publish", records, |at, answer| answers[at] = answer).await;
+        answers
     }
 }

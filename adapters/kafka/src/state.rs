@@ -58,6 +58,8 @@ pub(crate) struct State {
     pub(crate) trouble: Option<Error>,
     /// The group has told this member what it has, be it nothing.
     pub(crate) joined: bool,
+    /// Partitions whose last commit was not confirmed when the thread ended.
+    left: usize,
     /// Where partitions end and where the group stands in them, as the client last saw it.
     pub(crate) ends: HashMap<(usize, i32), (i64, i64)>,
 }
@@ -83,6 +85,7 @@ impl Shared {
             cursor: 0,
             trouble: None,
             joined: false,
+            left: 0,
             ends: HashMap::new(),
         };
         Self { places, state: Mutex::new(state), arrivals: Notify::new(), sessions, ended: watch::Sender::new(false) }
@@ -177,6 +180,18 @@ impl Shared {
         if let Some(assignment) = self.lock().of(receipt) {
             assignment.not_placed(receipt.position);
         }
+    }
+
+    /// The thread gives up committing.
+    pub(crate) fn leave_uncommitted(&self) {
+        let mut state = self.lock();
+        state.left = state.to_commit(|_| true).len();
+    }
+
+    /// In how many partitions something is done that the group is not known to have. After the sessions have ended.
+    pub(crate) fn uncommitted(&self) -> usize {
+        let state = self.lock();
+        state.left.max(state.to_commit(|_| true).len())
     }
 
     /// Messages that wait in the partitions of this member.

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hapax::{Durability, Error, ErrorKind, Result};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, ConfigResource, NewTopic, OwnedResourceSpecifier, ResourceSpecifier, TopicReplication,
+};
 use rdkafka::types::{RDKafkaErrorCode as Code, RDKafkaRespErr};
 use tokio::time::{Instant, sleep};
 
@@ -25,6 +27,17 @@ const REQUEST: Duration = Duration::from_secs(10);
 const DESCRIBE: Duration = Duration::from_secs(5);
 /// How long created topics may take to be seen by every server.
 const SEEN_MAX: Duration = Duration::from_secs(15);
+
+/// Room for the headers that a retry or a dead letter bears in addition.
+const HEADER_BYTES: u64 = 64 << 10;
+/// What a retry or dead-letter topic takes at least, where it is created here.
+const OWN_BYTES_MIN: u64 = 2 << 20;
+/// The property is a 32-bit number.
+const BYTES_MAX: u64 = i32::MAX as u64;
+
+type Admin = Arc<AdminClient<Logging>>;
+/// What a topic is configured with; `None` where it may not be described.
+type Config = Option<ConfigResource>;
 
 /// What the topics promise.
 #[derive(Clone, Copy, Debug)]
@@ -44,15 +57,31 @@ struct Shape {
 pub(crate) async fn check(properties: &Properties, places: &Arc<Places>, declare: Option<&Declare>) -> Result<Facts> {
     let admin: AdminClient<Logging> =
         properties.config(Client::Admin).create_with_context(Logging).map_err(|refused| error("open", refused))?;
-    let admin = Arc::new(admin);
-    let looked = look(&admin, properties, places, declare).await;
-    // Joins a thread.
-    drop(tokio::task::spawn_blocking(move || drop(admin)));
-    looked
+    let admin = Going(Arc::new(admin));
+    look(&admin.0, properties, places, declare).await
+}
+
+/// A client that goes on a thread of its own, however `check` ends: it joins its own thread.
+struct Going(Admin);
+
+impl Drop for Going {
+    fn drop(&mut self) {
+        let admin = Arc::clone(&self.0);
+        // Without a thread it is dropped here: slow, but done.
+        let _ = std::thread::Builder::new().name("hapax-kafka-end".to_owned()).spawn(move || last(admin));
+    }
+}
+
+/// Waits until nobody else has it, which a future that is being dropped shows soon, and lets it go.
+fn last(mut admin: Admin) {
+    while let Err(shared) = Arc::try_unwrap(admin) {
+        admin = shared;
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
 }
 
 async fn look(
-    admin: &Arc<AdminClient<Logging>>,
+    admin: &Admin,
     properties: &Properties,
     places: &Arc<Places>,
     declare: Option<&Declare>,
@@ -60,7 +89,12 @@ async fn look(
     let mut shapes = shapes(admin, places).await?;
     let mut missing = missing(places, &shapes);
     if let Some(declare) = declare.filter(|_| !missing.is_empty()) {
-        create(admin, places, &missing, declare).await?;
+        let own: Vec<&Arc<str>> = places.own().collect();
+        let (own, mains): (Vec<_>, Vec<_>) = missing.iter().cloned().partition(|name| own.contains(&name));
+        // The topics themselves first: what they take says what their retries and dead letters must take.
+        create(admin, &mains, declare, None).await?;
+        let taken = largest(admin, &mains_of(places)).await;
+        create(admin, &own, declare, Some(taken)).await?;
         let until = Instant::now() + SEEN_MAX;
         while !missing.is_empty() && Instant::now() < until {
             sleep(Duration::from_millis(50)).await;
@@ -71,7 +105,7 @@ async fn look(
     if !missing.is_empty() {
         return Err(absent(properties, &missing));
     }
-    Ok(facts(admin, places, &shapes).await)
+    facts(admin, places, &shapes).await
 }
 
 fn missing(places: &Places, shapes: &BTreeMap<Arc<str>, Shape>) -> Vec<Arc<str>> {
@@ -91,7 +125,7 @@ fn absent(properties: &Properties, missing: &[Arc<str>]) -> Error {
 }
 
 /// Every topic that is there. One request each: all topics of a cluster can be many thousands.
-async fn shapes(admin: &Arc<AdminClient<Logging>>, places: &Arc<Places>) -> Result<BTreeMap<Arc<str>, Shape>> {
+async fn shapes(admin: &Admin, places: &Arc<Places>) -> Result<BTreeMap<Arc<str>, Shape>> {
     let (admin, places) = (Arc::clone(admin), Arc::clone(places));
     let asked = tokio::task::spawn_blocking(move || {
         let mut shapes = BTreeMap::new();
@@ -118,21 +152,33 @@ async fn shapes(admin: &Arc<AdminClient<Logging>>, places: &Arc<Places>) -> Resu
     asked.await.map_err(|_| Error::new(ErrorKind::Internal, "open").because("looking at topics panicked"))?
 }
 
-async fn create(
-    admin: &Arc<AdminClient<Logging>>,
-    places: &Places,
-    missing: &[Arc<str>],
-    declare: &Declare,
-) -> Result<()> {
-    let own: Vec<&Arc<str>> = places.own().collect();
+fn mains_of(places: &Places) -> Vec<&str> {
+    places.subscribed[..places.mains()].iter().map(|place| &*place.name).collect()
+}
+
+/// The largest message that one of these topics takes, as far as they can be described.
+async fn largest(admin: &Admin, topics: &[&str]) -> u64 {
+    let Some(told) = described(admin, topics).await else { return 0 };
+    told.iter()
+        .filter_map(|told| number(told, "max.message.bytes"))
+        .filter_map(|most| u64::try_from(most).ok())
+        .max()
+        .unwrap_or(0)
+}
+
+/// Creates topics; those that are for messages of others take what those take, with headers.
+async fn create(admin: &Admin, missing: &[Arc<str>], declare: &Declare, taken: Option<u64>) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let most = taken.map(|taken| (taken + HEADER_BYTES).clamp(OWN_BYTES_MIN, BYTES_MAX).to_string());
     let new: Vec<NewTopic<'_>> = missing
         .iter()
         .map(|name| {
             let replication = TopicReplication::Fixed(declare.replication.unwrap_or(-1));
             let mut new = NewTopic::new(name, declare.partitions, replication);
-            if own.contains(&name) {
-                // Room for the headers that a retry or a dead letter bears in addition.
-                new = new.set("max.message.bytes", "2097152");
+            if let Some(most) = &most {
+                new = new.set("max.message.bytes", most);
             }
             new
         })
@@ -153,32 +199,98 @@ async fn create(
     Ok(())
 }
 
-/// Kafka acknowledges before it flushes, so one server alone does not survive a crash of its machine; two in-sync ones
-/// that must both have a message do, one of them.
-async fn facts(admin: &Arc<AdminClient<Logging>>, places: &Places, shapes: &BTreeMap<Arc<str>, Shape>) -> Facts {
-    let mut facts = Facts { durability: Durability::Durable, kept: Some(Duration::ZERO) };
-    let names: Vec<&str> = places.subscribed.iter().map(|place| &*place.name).collect();
-    let asked: Vec<ResourceSpecifier<'_>> = names.iter().map(|name| ResourceSpecifier::Topic(name)).collect();
+async fn described(admin: &Admin, topics: &[&str]) -> Option<Vec<Config>> {
+    let asked: Vec<ResourceSpecifier<'_>> = topics.iter().map(|name| ResourceSpecifier::Topic(name)).collect();
     let options = AdminOptions::new().request_timeout(Some(DESCRIBE));
-    let told = match admin.describe_configs(&asked, &options).await {
-        Ok(told) => told,
+    match admin.describe_configs(&asked, &options).await {
+        Ok(told) => {
+            // By name: nothing says that the answers come in the order of the questions.
+            let mut told: BTreeMap<String, ConfigResource> = told.into_iter().flatten().filter_map(by_name).collect();
+            Some(topics.iter().map(|name| told.remove(*name)).collect())
+        }
         Err(refused) => {
             tracing::debug!(error = %refused, "topics cannot be described: their retention is unknown");
-            return Facts { durability: Durability::Lossy, kept: None };
+            None
         }
+    }
+}
+
+fn by_name(told: ConfigResource) -> Option<(String, ConfigResource)> {
+    let OwnedResourceSpecifier::Topic(name) = &told.specifier else { return None };
+    Some((name.clone(), told))
+}
+
+fn value(told: &Config, key: &str) -> Option<String> {
+    told.as_ref()?.get(key)?.value.clone()
+}
+
+fn number(told: &Config, key: &str) -> Option<i64> {
+    value(told, key)?.parse().ok()
+}
+
+/// Kafka acknowledges before it flushes, so one server alone does not survive a crash of its machine; two in-sync ones
+/// that must both have a message do, one of them.
+async fn facts(admin: &Admin, places: &Places, shapes: &BTreeMap<Arc<str>, Shape>) -> Result<Facts> {
+    let mut facts = Facts { durability: Durability::Durable, kept: Some(Duration::ZERO) };
+    let subscribed = places.subscribed.iter().map(|place| &place.name);
+    let names: Vec<&str> = subscribed.chain(&places.dead).map(|name| &**name).collect();
+    let Some(told) = described(admin, &names).await else {
+        return Ok(Facts { durability: Durability::Lossy, kept: None });
     };
-    for (name, told) in names.iter().zip(told) {
-        let value = |key: &str| -> Option<String> { told.as_ref().ok()?.get(key)?.value.clone() };
-        let number = |key: &str| value(key).and_then(|value| value.parse::<i64>().ok());
+    let most: Vec<Option<i64>> = told.iter().map(|told| number(told, "max.message.bytes")).collect();
+    for (at, name) in names.iter().enumerate() {
+        let main = if at < places.subscribed.len() { places.main(at) } else { at - places.subscribed.len() };
+        fits(names[main], most[main], name, most[at])?;
+    }
+    for (name, told) in names.iter().zip(&told).take(places.subscribed.len()) {
         let replicas = shapes.get(*name).map_or(0, |shape| shape.replicas);
-        let in_sync = number("min.insync.replicas").unwrap_or(1);
-        let flushed = number("flush.messages") == Some(1);
+        let in_sync = number(told, "min.insync.replicas").unwrap_or(1);
+        let flushed = number(told, "flush.messages") == Some(1);
         if !flushed && (replicas < 2 || in_sync < 2) {
             facts.durability = Durability::Lossy;
         }
-        let compacted = value("cleanup.policy").is_none_or(|policy| policy.contains("compact"));
-        let kept = number("retention.ms").filter(|_| !compacted).and_then(|ms| u64::try_from(ms).ok());
+        let compacted = value(told, "cleanup.policy").is_none_or(|policy| policy.contains("compact"));
+        let kept = number(told, "retention.ms").filter(|_| !compacted).and_then(|ms| u64::try_from(ms).ok());
         facts.kept = facts.kept.zip(kept.map(Duration::from_millis)).map(|(most, kept)| most.max(kept));
     }
-    facts
+    Ok(facts)
+}
+
+/// Refuses a topic that takes less than the one whose retries or dead letters go there: such a message could not leave
+/// its partition, and nothing behind it would be committed.
+fn fits(main: &str, main_bytes: Option<i64>, own: &str, own_bytes: Option<i64>) -> Result<()> {
+    let Some((main_bytes, own_bytes)) = main_bytes.zip(own_bytes).filter(|_| main != own) else { return Ok(()) };
+    let room = i64::try_from(HEADER_BYTES).unwrap_or(i64::MAX);
+    if own_bytes < main_bytes {
+        return Err(Error::new(ErrorKind::Configuration, "open").because(format!(
+            "topic `{own}` takes messages of {own_bytes} bytes, and `{main}` of {main_bytes}: set its max.message.bytes to \
+             {} or more",
+            main_bytes.saturating_add(room)
+        )));
+    }
+    if own_bytes < main_bytes.saturating_add(room) {
+        tracing::warn!(
+            topic = own,
+            own_bytes,
+            main_bytes,
+            "max.message.bytes leaves little room for the headers of retries and dead letters"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_that_takes_less_than_its_main_topic_is_refused_with_both_names() {
+        let refused = fits("orders", Some(8_000_000), "orders.g.dead", Some(2_000_000)).expect_err("it takes less");
+        assert_eq!(refused.kind(), ErrorKind::Configuration);
+        for part in ["`orders.g.dead`", "`orders`", "max.message.bytes", "8065536"] {
+            assert!(refused.to_string().contains(part), "{part} in {refused}");
+        }
+        fits("orders", Some(1_000), "orders.g.dead", Some(1_000)).expect("the headers may fit");
+        fits("orders", None, "orders.g.dead", Some(1)).expect("what may not be described is not judged");
+    }
 }

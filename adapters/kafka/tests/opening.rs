@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use hapax::{Broker, BrokerOrder, Durability, ErrorKind};
+use hapax::{Broker, BrokerOrder, Durability, ErrorKind, Outgoing, Publisher};
 use hapax_kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use hapax_kafka::rdkafka::client::DefaultClientContext;
 use hapax_kafka::rdkafka::consumer::{BaseConsumer, Consumer};
@@ -46,14 +46,19 @@ async fn topics_are_declared_with_partitions_by_several_workers_at_once() {
     }
     topic.publish(0..30).await;
     let mut seen = 0;
-    for worker in &workers {
-        while let Ok(more) = tokio::time::timeout(Duration::from_millis(1500), worker.receive(support::WANT)).await {
-            let more = more.expect("the broker delivers");
-            ack(worker, &more).await;
-            seen += more.len();
+    let all_seen = async {
+        while seen < 30 {
+            for worker in &workers {
+                let more = tokio::time::timeout(Duration::from_millis(100), worker.receive(support::WANT)).await;
+                let Ok(more) = more else { continue };
+                let more = more.expect("the broker delivers");
+                ack(worker, &more).await;
+                seen += more.len();
+            }
         }
-    }
-    assert_eq!(seen, 30);
+    };
+    let in_time = tokio::time::timeout(SOON, all_seen).await;
+    assert!(in_time.is_ok() && seen == 30, "{seen} of 30");
     for worker in workers {
         worker.close().await.expect("it closes");
     }
@@ -146,4 +151,47 @@ async fn a_server_that_is_not_there_is_unavailable_and_no_text_holds_the_passwor
     let refused = broker.open(limits()).await.expect_err("nobody listens there");
     assert!(refused.is_retryable(), "{refused:?}");
     assert!(!format!("{refused} {refused:?} {broker:?}").contains(canary));
+}
+
+/// A message that its dead-letter topic does not take would block its partition for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_a_topic_takes_fits_into_its_dead_letters() {
+    let topic = Topic::new(1);
+    let admin: AdminClient<DefaultClientContext> = topic.config().create().expect("an admin client");
+    let large = NewTopic::new(&topic.topic, 1, TopicReplication::Fixed(1)).set("max.message.bytes", "6000000");
+    admin.create_topics([&large], &AdminOptions::new()).await.expect("the server answers");
+    let broker = topic.opened().await;
+    topic.publish_all([support::event(0).with_data("text/plain", vec![b'x'; 5_900_000])]).await;
+    let held = receive(&broker, 1).await;
+    support::settle(&broker, &held[0], hapax::Settlement::Retry { after: Duration::from_millis(100) }).await;
+    let back = receive(&broker, 1).await;
+    assert_eq!(back[0].message.data, held[0].message.data);
+    ack(&broker, &back).await;
+    broker.close().await.expect("it closes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_topic_that_takes_less_than_its_topic_is_refused() {
+    let topic = Topic::new(1);
+    let admin: AdminClient<DefaultClientContext> = topic.config().create().expect("an admin client");
+    let dead = topic.dead();
+    let small = NewTopic::new(&dead, 1, TopicReplication::Fixed(1)).set("max.message.bytes", "1000");
+    admin.create_topics([&small], &AdminOptions::new()).await.expect("the server answers");
+    let refused = topic.broker().open(limits()).await.expect_err("dead letters would not fit");
+    assert_eq!(refused.kind(), ErrorKind::Configuration);
+    assert!(refused.to_string().contains(&dead) && refused.to_string().contains("max.message.bytes"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn publishing_to_a_missing_topic_is_a_clear_fault_soon_and_heals() {
+    let topic = Topic::new(1);
+    let publisher = topic.publisher();
+    let publish = || publisher.publish(vec![Outgoing::new(support::event(0))]);
+    let told = tokio::time::timeout(Duration::from_secs(10), publish()).await.expect("soon").remove(0);
+    let told = told.expect_err("there is no such topic");
+    assert_eq!(told.kind(), ErrorKind::Configuration, "{told}");
+    assert!(told.to_string().contains(&topic.topic), "{told}");
+    topic.broker().check().await.expect("the topics are created");
+    let healed = async { while publish().await.remove(0).is_err() {} };
+    tokio::time::timeout(SOON, healed).await.expect("it is there now");
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hapax::{Broker, DeadLetter, ErrorKind, Outgoing, Publisher, Reason, SessionState, Settlement};
 use hapax_kafka::KafkaBroker;
-use hapax_kafka::rdkafka::mocking::MockCluster;
+use hapax_kafka::rdkafka::mocking::{MockCluster, MockCoordinator};
 use hapax_kafka::rdkafka::producer::DefaultProducerContext;
 use hapax_kafka::rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr as Refusal};
 use support::{SOON, Topic, ack, event, id, ids, limits, receive, until};
@@ -137,6 +137,60 @@ async fn permanent_publish_error_is_permanent() {
     broker.close().await.expect("it closes");
 }
 
+fn letter() -> Settlement {
+    Settlement::DeadLetter(Box::new(DeadLetter {
+        reason: Reason::Permanent,
+        error: "".into(),
+        consumer: "billing".into(),
+        attempts: 1,
+        first: std::time::SystemTime::UNIX_EPOCH,
+        last: std::time::SystemTime::UNIX_EPOCH,
+        origin: None,
+        reopen: None,
+    }))
+}
+
+/// The runtime gives a whole call up when its time is over. What was confirmed until then is done all the same, or else
+/// every round would send it once more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_settle_that_is_given_up_loses_no_confirmed_copy() {
+    let mock = MockCluster::new(2).expect("a mock");
+    let url = format!("kafka://{}", mock.bootstrap_servers()).parse().expect("a url");
+    let topic = Topic::at(url, 1);
+    for (name, server) in [(topic.topic.clone(), 1), (topic.retry(), 1), (topic.dead(), 2)] {
+        mock.create_topic(&name, 1, 1).expect("a topic");
+        mock.partition_leader(&name, 0, Some(server)).expect("a leader");
+    }
+    mock.coordinator(MockCoordinator::Group(topic.group.clone()), 1).expect("a coordinator");
+    let broker = topic.builder().build().expect("good settings");
+    broker.open(limits()).await.expect("the broker opens");
+    topic.publish(0..4).await;
+    let held = receive(&broker, 4).await;
+    let retry = || Settlement::Retry { after: Duration::from_secs(5) };
+    // Both servers are known to the producer.
+    for answer in broker.settle(&[(held[0].receipt, retry()), (held[1].receipt, letter())]).await {
+        answer.expect("both servers answer");
+    }
+    mock.broker_round_trip_time(2, Duration::from_secs(30)).expect("it hangs");
+    let batch = [(held[2].receipt, letter()), (held[3].receipt, retry())];
+    timeout(Duration::from_secs(3), broker.settle(&batch)).await.expect_err("the dead letter has no answer");
+    let again = broker.settle(&[(held[3].receipt, retry())]).await.remove(0);
+    assert_eq!(again.map_err(|error| error.kind()), Err(ErrorKind::Stale), "the retry was placed, and is done");
+    let _ = broker.close().await;
+}
+
+/// An idempotent producer that failed for good never sends again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_is_lost_for_good_is_replaced() {
+    let cluster = Cluster::new();
+    let refusal = Refusal::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED;
+    cluster.mock.request_errors(RDKafkaApiKey::InitProducerId, &[refusal]);
+    let publisher = cluster.topic.publisher();
+    let lost = timeout(SOON, publisher.publish(vec![Outgoing::new(event(0))])).await.expect("bounded").remove(0);
+    assert!(lost.as_ref().is_err_and(hapax::Error::is_retryable), "{lost:?}");
+    publisher.publish(vec![Outgoing::new(event(0))]).await.remove(0).expect("another producer sends it");
+}
+
 /// The answer to what was sent is lost: it may have been written, and is sent again by the idempotent producer once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_never_answers_is_an_unknown_outcome_in_bounded_time() {
@@ -161,6 +215,24 @@ async fn a_close_during_an_outage_ends() {
     let held = receive(&broker, 2).await;
     cluster.mock.broker_down(1).expect("it goes");
     ack(&broker, &held).await;
-    timeout(SOON, broker.close()).await.expect("bounded").expect("it closes");
+    let closed = timeout(SOON, broker.close()).await.expect("bounded");
+    let told = closed.expect_err("what is done is not committed");
+    assert!(told.kind() == ErrorKind::Unavailable && told.to_string().contains("of 1 partitions"), "{told}");
     assert_eq!(held[0].session.state(), SessionState::Ended);
+}
+
+/// Nothing is left that a commit could keep, so a worker that is told to stop in an outage has not failed; and it is done
+/// before the runtime gives up on it (1.5 s).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_during_an_outage_with_everything_committed_is_no_error() {
+    let cluster = Cluster::new();
+    let broker = cluster.opened(Duration::from_millis(20)).await;
+    cluster.topic.publish(0..2).await;
+    let held = receive(&broker, 2).await;
+    ack(&broker, &held[..1]).await;
+    cluster.topic.until_committed(1).await;
+    // The answer to the commit has come, too.
+    sleep(Duration::from_millis(500)).await;
+    cluster.mock.broker_down(1).expect("it goes");
+    timeout(Duration::from_millis(1_500), broker.close()).await.expect("in time").expect("nothing is left to commit");
 }

@@ -7,7 +7,7 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hapax_kafka::rdkafka::ClientConfig;
 use hapax_kafka::rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
@@ -17,6 +17,7 @@ use hapax_testkit::servers::log::{Answer, Command, Offsets};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use support::Topic;
+use tokio::time::Instant;
 
 fn command() -> impl Strategy<Value = Command> {
     let (member, offset) = (1u8..4, 0i64..20);
@@ -60,7 +61,9 @@ impl Real {
                 let begun = Instant::now();
                 while joined.assignment().expect("an assignment").count() == 0 {
                     assert!(begun.elapsed() < Duration::from_secs(30), "the group assigns nothing");
-                    let _nothing_is_there = joined.poll(Duration::from_millis(50));
+                    if let Some(Err(error)) = joined.poll(Duration::from_millis(50)) {
+                        eprintln!("joining: {error}");
+                    }
                 }
                 self.members.insert(member, joined);
                 Answer::Done
