@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hapax::{Delivery, Message, Origin, Receipt, Session, SessionState};
 use tokio::sync::watch;
@@ -61,6 +62,8 @@ pub(crate) struct Assignment {
     ahead: Ahead,
     /// What the client was told; `None` before it was told anything.
     pub(crate) paused: Option<bool>,
+    /// Since when enough is buffered.
+    full_since: Option<Instant>,
 }
 
 impl Assignment {
@@ -78,6 +81,7 @@ impl Assignment {
             handed_out: 0,
             ahead,
             paused: None,
+            full_since: None,
         }
     }
 
@@ -190,12 +194,24 @@ impl Assignment {
 
     /// Whether fetching is to pause; with a margin, so that it does not flutter.
     pub(crate) fn pauses(&self, stopped: bool) -> bool {
-        let part = |most: usize| if self.paused == Some(true) { most.div_ceil(2) } else { most };
+        let was_full = self.paused == Some(true) || self.full_since.is_some();
+        let part = |most: usize| if was_full { most.div_ceil(2) } else { most };
         stopped
             || !self.is_live()
             || self.queue.len() >= part(self.ahead.events)
             || self.queue_bytes >= part(self.ahead.bytes)
             || self.tracker.span() >= part(SPAN_MAX)
+    }
+
+    /// Whether polling is to wait for room here, instead of a pause: so long after the buffer filled. To be asked whenever
+    /// [`pauses`](Self::pauses) was.
+    pub(crate) fn holds(&mut self, pauses: bool, now: Instant, most: Duration) -> bool {
+        if !pauses {
+            self.full_since = None;
+            return false;
+        }
+        let since = *self.full_since.get_or_insert(now);
+        self.paused != Some(true) && self.is_live() && now < since + most
     }
 
     /// Whether nothing of it is buffered while it is paused.

@@ -1,8 +1,8 @@
 //! The polling thread: the only one that talks to the group.
 //!
-//! It polls without pause, so that membership never depends on handlers; it pauses partitions where enough is buffered;
-//! it has commits made, one at a time, so that none overtakes another; and it answers revocations when what runs has
-//! ended, or `drain` has passed.
+//! It polls whatever handlers do, so that membership never depends on them. Where enough is buffered it waits a moment
+//! for room, then pauses the partition: a pause throws away what the client has fetched ahead. It has commits made, one
+//! at a time, so that none overtakes another; and it answers revocations when what runs has ended, or `drain` has passed.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -28,6 +28,11 @@ use crate::wire::{Home, Raw};
 const POLL: Duration = Duration::from_millis(50);
 /// The same while something is to be done soon: a paused partition has room, a revocation waits for its last handler.
 const POLL_SOON: Duration = Duration::from_millis(5);
+/// How long a full partition holds up polling before it is paused: with a pause librdkafka forgets what it has fetched ahead
+/// and fetches it again, so that pausing for every full buffer costs most of the throughput.
+const HOLD_MAX: Duration = Duration::from_millis(500);
+/// How often it is looked for room meanwhile.
+const HOLD_STEP: Duration = Duration::from_millis(1);
 /// Most records taken before they are handed over.
 const BATCH_EVENTS: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
@@ -121,9 +126,14 @@ impl<'a> Poller<'a> {
     /// Until the run is closed, or what ended this member for good.
     fn run(&mut self) -> Option<Error> {
         while !self.shared.is_closing() {
-            let soon = self.pause_and_resume();
+            let (soon, holds) = self.pause_and_resume();
             self.serve_revocations();
             self.commit_when_due();
+            if holds && self.revoking.is_none() {
+                std::thread::park_timeout(HOLD_STEP);
+                self.hear_committer();
+                continue;
+            }
             if let Some(fatal) = self.poll(if soon || self.revoking.is_some() { POLL_SOON } else { POLL }) {
                 return Some(fatal);
             }
@@ -163,10 +173,14 @@ impl<'a> Poller<'a> {
         if !entries.is_empty() {
             self.shared.arrive(entries);
         }
+        self.hear_committer();
+        fatal
+    }
+
+    fn hear_committer(&mut self) {
         if let Some((offsets, answer)) = self.committer.answer() {
             self.committed(&offsets, answer);
         }
-        fatal
     }
 
     fn read(&self, record: &BorrowedMessage<'_>, limits: &hapax::MessageLimits) -> Option<(usize, Entry)> {
@@ -230,15 +244,23 @@ impl<'a> Poller<'a> {
         None
     }
 
-    /// Tells the client which partitions to leave alone. Answers whether one of those may be wanted again soon.
-    fn pause_and_resume(&self) -> bool {
+    /// Tells the client which partitions to leave alone. Answers whether one of those may be wanted again soon, and whether
+    /// one that is full holds up polling for now.
+    fn pause_and_resume(&self) -> (bool, bool) {
         let (mut pause, mut resume) = (TopicPartitionList::new(), TopicPartitionList::new());
-        let mut soon = false;
+        let (mut soon, mut holds) = (false, false);
+        let (now, mains) = (Instant::now(), self.shared.places.mains());
         {
             let mut state = self.shared.lock();
             let stopped = state.phase != crate::state::Phase::Open;
             for assignment in state.assigned.values_mut() {
                 let pauses = assignment.pauses(stopped);
+                // Retries wait in full buffers for minutes: they hold up nobody.
+                let hold_max = if stopped || assignment.place >= mains { Duration::ZERO } else { HOLD_MAX };
+                if assignment.holds(pauses, now, hold_max) {
+                    holds = true;
+                    continue;
+                }
                 if assignment.paused != Some(pauses) {
                     let list = if pauses { &mut pause } else { &mut resume };
                     list.add_partition(&self.shared.places.subscribed[assignment.place].name, assignment.partition);
@@ -256,7 +278,7 @@ impl<'a> Poller<'a> {
                 tracing::debug!(%error, partitions = list.count(), "partitions could not be paused or resumed");
             }
         }
-        soon
+        (soon, holds)
     }
 
     /// Drains what is revoked, commits, ends the sessions, and gives the partitions back.

@@ -453,6 +453,29 @@ mod tests {
     }
 
     #[test]
+    fn a_full_buffer_holds_up_polling_for_a_moment_and_is_paused_then() {
+        let shared = shared();
+        shared.assign(0, 0);
+        let (begun, moment) = (Instant::now(), Duration::from_millis(500));
+        let holds = |at: Instant| {
+            let mut state = shared.lock();
+            let assignment = state.at(0, 0).expect("it is assigned");
+            let pauses = assignment.pauses(false);
+            (pauses, assignment.holds(pauses, at, moment))
+        };
+        assert_eq!(holds(begun), (false, false));
+        shared.arrive((0..100).map(|offset| (0, 0, entry(offset, None))));
+        assert_eq!(holds(begun), (true, true));
+        take(&shared, 40);
+        assert_eq!(holds(begun + moment / 2), (true, true), "until it is half empty");
+        assert_eq!(holds(begun + moment), (true, false), "nobody takes anything: it is paused");
+        take(&shared, 11);
+        assert_eq!(holds(begun + moment), (false, false));
+        shared.arrive((100..200).map(|offset| (0, 0, entry(offset, None))));
+        assert_eq!(holds(begun + moment), (true, true), "the moment begins anew");
+    }
+
+    #[test]
     fn a_delivery_that_is_being_placed_is_ended_by_nobody_else() {
         let shared = shared();
         shared.assign(0, 0);
