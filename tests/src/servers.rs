@@ -3,7 +3,6 @@
 //! `scripts/brokers up` starts them, `scripts/brokers env` prints the variables. A test that needs a server asks here for
 //! its address; without one it fails with a message that names the command.
 
-pub mod log;
 pub mod queue;
 pub mod stream;
 

@@ -31,7 +31,7 @@ use crate::stores::Store;
 async fn main() -> ExitCode {
     let options = Options::parse();
     log_to_stderr();
-    match run(options).await {
+    match Box::pin(run(options)).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             let _ = writeln!(io::stderr(), "webhook_worker: {why}");
