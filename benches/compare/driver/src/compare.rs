@@ -9,9 +9,9 @@ use crate::figures::Row;
 /// A round that would take longer has fewer events.
 const ROUND_S_MAX: f64 = 30.0;
 /// What such a round takes.
-const SHORT_ROUND_S: f64 = 12.0;
+const SHORT_ROUND_S: f64 = 6.0;
 /// Events of the run before the rounds, which tells how fast a contender is about.
-const TRIAL: u64 = 2_000;
+const TRIAL: u64 = 1_000;
 /// The offered rate of the latency columns, and for how long.
 pub const PACE_PER_S: u64 = 1_000;
 const PACE_S: u64 = 4;

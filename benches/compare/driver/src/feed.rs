@@ -90,9 +90,7 @@ impl Feed {
                 config.set("queue.buffering.max.messages", "200000");
                 Self::Kafka { producer: Box::new(config.create()?), admin }
             }
-            "rabbitmq" => {
-                Self::Rabbit { connection: Connection::connect(url, ConnectionProperties::default()).await? }
-            }
+            "rabbitmq" => Self::Rabbit { connection: Connection::connect(url, ConnectionProperties::default()).await? },
             "redis" => {
                 let client = redis::Client::open(url)?;
                 Self::Redis { connection: client.get_multiplexed_async_connection().await? }
@@ -208,7 +206,8 @@ impl Feed {
     /// Forgets a group, which would otherwise be kept with the stream.
     pub async fn delete_group(&mut self, topic: &str, group: &str) {
         if let Self::Redis { connection } = self {
-            let _: Result<(), _> = redis::cmd("XGROUP").arg("DESTROY").arg(topic).arg(group).query_async(connection).await;
+            let _: Result<(), _> =
+                redis::cmd("XGROUP").arg("DESTROY").arg(topic).arg(group).query_async(connection).await;
         }
         if let Self::Kafka { admin, .. } = self {
             let _ = admin.delete_groups(&[group], &AdminOptions::new()).await;

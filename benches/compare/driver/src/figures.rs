@@ -169,7 +169,8 @@ fn of_broker(wanted: &Wanted, broker: &str, rows: &[Row], found: &mut Vec<Ratio>
     for our in ours {
         for their in here().filter(|row| (row.contender.as_str(), row.store.as_str()) == wanted.to) {
             // One by one at the same number of transactions at once; in batches against the better of both.
-            let differs = their.contender == "by-hand-tx" && level == Some("L4") && our.concurrency != their.concurrency;
+            let differs =
+                their.contender == "by-hand-tx" && level == Some("L4") && our.concurrency != their.concurrency;
             let is_lesser = level == Some("L4-batch") && their.concurrency == 1;
             if !differs && !is_lesser && their.events_per_s.median > 0.0 {
                 found.push(Ratio {

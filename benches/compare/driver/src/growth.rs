@@ -49,7 +49,8 @@ pub struct Growth<'a> {
 pub async fn run(wish: &Wish, place: &Place) -> Result<Vec<Point>, Error> {
     let feed = Feed::open(&wish.broker, &place.url(&wish.broker)?, false).await?;
     let mut growth = Growth { wish, place, feed, points: Vec::new() };
-    for name in NAMES.into_iter().filter(|name| wish.names.is_empty() || wish.names.iter().any(|wanted| wanted == name)) {
+    for name in NAMES.into_iter().filter(|name| wish.names.is_empty() || wish.names.iter().any(|wanted| wanted == name))
+    {
         eprintln!("growth of {name}");
         match name {
             "remembered" => growth.remembered().await?,
@@ -134,7 +135,11 @@ impl Growth<'_> {
                 for _ in 0..self.wish.rounds {
                     // Memory is empty in every process.
                     let from = if store == "memory" { 0 } else { filled };
-                    let more = [option("--remember", wanted - from), option("--remember-from", from), ["--keep".into(), String::new()]];
+                    let more = [
+                        option("--remember", wanted - from),
+                        option("--remember-from", from),
+                        ["--keep".into(), String::new()],
+                    ];
                     let more = more.into_iter().flatten().filter(|part| !part.is_empty()).collect();
                     let numbers = seen..seen + self.wish.events;
                     seen = numbers.end;

@@ -39,10 +39,20 @@ pub async fn run(brokers: &[String], size: usize, place: &Place) -> Result<Vec<L
                 match paced(contender, place, offered_per_s, offered_per_s * SECONDS, size, more).await {
                     Ok((outcome, stages)) => {
                         let Some(handler) = outcome.p50_ms.zip(outcome.p99_ms) else { continue };
-                        let (start, settlement) = stages.map_or((None, None), |stages| (stages.start, stages.settlement));
+                        let (start, settlement) =
+                            stages.map_or((None, None), |stages| (stages.start, stages.settlement));
                         let title = contender.title();
-                        eprintln!("  {broker} at {offered_per_s}/s: {title:<20} handler {handler:?}, start {start:?}, settled {settlement:?}");
-                        found.push(Latency { broker: broker.clone(), contender: title, offered_per_s, handler, start, settlement });
+                        eprintln!(
+                            "  {broker} at {offered_per_s}/s: {title:<20} handler {handler:?}, start {start:?}, settled {settlement:?}"
+                        );
+                        found.push(Latency {
+                            broker: broker.clone(),
+                            contender: title,
+                            offered_per_s,
+                            handler,
+                            start,
+                            settlement,
+                        });
                     }
                     Err(error) => eprintln!("  {broker} at {offered_per_s}/s: {error}"),
                 }

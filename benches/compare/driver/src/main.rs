@@ -60,7 +60,7 @@ struct Compare {
     /// Writes the figures here, as a JSON array, and as tables beside it with the ending .md
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Keeps the figures in docs/performance and writes docs/performance.md
+    /// Keeps the figures in docs/performance, those of other brokers too, and writes docs/performance.md
     #[arg(long)]
     docs: bool,
 }
@@ -92,7 +92,7 @@ struct Latency {
     /// Bytes of a message
     #[arg(long, default_value_t = 256)]
     size: usize,
-    /// Keeps the figures in docs/performance and writes docs/performance.md
+    /// Keeps the figures in docs/performance, those of other brokers too, and writes docs/performance.md
     #[arg(long)]
     docs: bool,
 }
@@ -130,7 +130,11 @@ async fn of_all(options: Compare, place: &Place) -> Result<(), Error> {
     }
     if docs {
         let docs = Docs::here()?;
-        docs.keep("compare", &kept(load_before, events, rounds, rows))?;
+        let before = docs.kept::<figures::Row>("compare").map(|kept| kept.figures).unwrap_or_default();
+        let mut all: Vec<_> =
+            before.into_iter().filter(|row| !wish.brokers.contains(&row.broker)).chain(rows).collect();
+        all.sort_by(|a, b| a.broker.cmp(&b.broker));
+        docs.keep("compare", &kept(load_before, events, rounds, all))?;
         docs.write()?;
     }
     Ok(())
@@ -153,10 +157,14 @@ async fn of_growth(options: Growth, place: &Place) -> Result<(), Error> {
 
 async fn of_latency(options: Latency, place: &Place) -> Result<(), Error> {
     let load_before = page::load();
-    let found = latency::run(&brokers(options.broker), options.size, place).await?;
+    let named = brokers(options.broker);
+    let found = latency::run(&named, options.size, place).await?;
     if options.docs {
         let docs = Docs::here()?;
-        docs.keep("latency", &kept(load_before, latency::SECONDS * 1_000, 1, found))?;
+        let before = docs.kept::<latency::Latency>("latency").map(|kept| kept.figures).unwrap_or_default();
+        let mut all: Vec<_> = before.into_iter().filter(|row| !named.contains(&row.broker)).chain(found).collect();
+        all.sort_by(|a, b| a.broker.cmp(&b.broker));
+        docs.keep("latency", &kept(load_before, latency::SECONDS * 1_000, 1, all))?;
         docs.write()?;
     }
     Ok(())

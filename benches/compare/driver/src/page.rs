@@ -29,9 +29,12 @@ pub struct Kept<T> {
 pub fn machine() -> String {
     let read = |file| fs::read_to_string(file).unwrap_or_default();
     let cpus = read("/proc/cpuinfo");
-    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map(|(_, model)| model.trim());
+    let model =
+        cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map(|(_, model)| model.trim());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let memory = read("/proc/meminfo").lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let memory = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok());
     let gib = memory.unwrap_or(0.0_f64) / 1_048_576.0;
     let kernel = read("/proc/sys/kernel/osrelease");
     format!("{cores} cores, {}, {gib:.0} GiB, Linux {}", model.unwrap_or("unknown"), kernel.trim())
@@ -150,9 +153,13 @@ fn latency(text: &mut String, rows: &[Latency]) {
     text.push_str("From sending to the handler, and within hapax from receipt to the handler's start and to settlement; p50 / p99 in ms. What\n");
     text.push_str("hapax adds is the difference to the raw client at the same rate.\n\n");
     text.push_str("| Broker | Offered | Contender | Handler | Added to raw | Receipt to handler | Receipt to settlement |\n|---|---|---|---|---|---|---|\n");
-    let pair = |pair: Option<(f64, f64)>| pair.map_or("-".to_owned(), |(p50, p99)| format!("{} / {}", ms(Some(p50)), ms(Some(p99))));
+    let pair = |pair: Option<(f64, f64)>| {
+        pair.map_or("-".to_owned(), |(p50, p99)| format!("{} / {}", ms(Some(p50)), ms(Some(p99))))
+    };
     for row in rows {
-        let raw = rows.iter().find(|raw| raw.contender == "raw" && raw.broker == row.broker && raw.offered_per_s == row.offered_per_s);
+        let raw = rows
+            .iter()
+            .find(|raw| raw.contender == "raw" && raw.broker == row.broker && raw.offered_per_s == row.offered_per_s);
         let added = raw.filter(|_| row.contender != "raw").map(|raw| {
             let (p50, p99) = (row.handler.0 - raw.handler.0, row.handler.1 - raw.handler.1);
             format!("{p50:+.2} / {p99:+.2}")
@@ -191,13 +198,25 @@ fn growth(text: &mut String, points: &[Point], folder: &Path) -> Result<(), Erro
             cost(text, &here);
         }
         text.push_str("| Store | ");
-        line(text, format_args!("{across} | events/s (min..max) | CPU µs an event | peak MiB of the process | MiB in the store |\n|---|---|---|---|---|---|"));
+        line(
+            text,
+            format_args!(
+                "{across} | events/s (min..max) | CPU µs an event | peak MiB of the process | MiB in the store |\n|---|---|---|---|---|---|"
+            ),
+        );
         for point in here {
             let events = &point.events_per_s;
-            let rates = if name == "stopped" { "-".to_owned() } else { format!("{} ({}..{})", rate(events.median), rate(events.min), rate(events.max)) };
+            let rates = if name == "stopped" {
+                "-".to_owned()
+            } else {
+                format!("{} ({}..{})", rate(events.median), rate(events.min), rate(events.max))
+            };
             let store = point.store_mib.map_or("-".to_owned(), |mib| format!("{mib:.0}"));
             let cpu = if name == "stopped" { "-".to_owned() } else { format!("{:.1}", point.cpu_us_per_event) };
-            line(text, format_args!("| {} | {} | {rates} | {cpu} | {:.0} | {store} |", point.series, point.x, point.peak_mib));
+            line(
+                text,
+                format_args!("| {} | {} | {rates} | {cpu} | {:.0} | {store} |", point.series, point.x, point.peak_mib),
+            );
         }
         text.push('\n');
     }
@@ -214,7 +233,13 @@ fn cost(text: &mut String, points: &[&Point]) {
         if let [first, .., last] = points.as_slice() {
             let ratio = first.events_per_s.median / last.events_per_s.median;
             let verdict = if ratio <= 1.3 { "reached" } else { "**missed**" };
-            line(text, format_args!("- {store}: an event beside {} ids takes {ratio:.2} times what it takes beside {} (at most 1.3: {verdict})", last.x, first.x));
+            line(
+                text,
+                format_args!(
+                    "- {store}: an event beside {} ids takes {ratio:.2} times what it takes beside {} (at most 1.3: {verdict})",
+                    last.x, first.x
+                ),
+            );
         }
     }
     text.push('\n');

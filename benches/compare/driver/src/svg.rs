@@ -28,7 +28,8 @@ impl Plot<'_> {
         // A share of nothing has no logarithm.
         let is_linear = xs.iter().any(|x| *x <= 0.0);
         let scale = |x: f64| if is_linear { x } else { x.log10() };
-        let (first, last) = xs.iter().fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(scale(*x)), high.max(scale(*x))));
+        let (first, last) =
+            xs.iter().fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(scale(*x)), high.max(scale(*x))));
         let span = (last - first).max(1e-9);
         let across = |x: f64| LEFT + (scale(x) - first) / span * (WIDTH - LEFT - RIGHT);
         let up = |y: f64| HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM);
@@ -37,13 +38,22 @@ impl Plot<'_> {
              font-size=\"12\">\n<rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n"
         );
         let middle = (LEFT + WIDTH - RIGHT) / 2.0;
-        line(&mut text, format_args!("<text x=\"{middle}\" y=\"20\" text-anchor=\"middle\" font-size=\"14\">{}</text>", self.title));
+        line(
+            &mut text,
+            format_args!("<text x=\"{middle}\" y=\"20\" text-anchor=\"middle\" font-size=\"14\">{}</text>", self.title),
+        );
         let foot = HEIGHT - 10.0;
-        line(&mut text, format_args!("<text x=\"{middle}\" y=\"{foot}\" text-anchor=\"middle\">{}</text>", self.across));
+        line(
+            &mut text,
+            format_args!("<text x=\"{middle}\" y=\"{foot}\" text-anchor=\"middle\">{}</text>", self.across),
+        );
         for step in 0..=4 {
             let value = top * f64::from(step) / 4.0;
             let (y, right, label_x) = (up(value), WIDTH - RIGHT, LEFT - 8.0);
-            line(&mut text, format_args!("<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#ddd\"/>"));
+            line(
+                &mut text,
+                format_args!("<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#ddd\"/>"),
+            );
             let (label, y) = (short(value), y + 4.0);
             line(&mut text, format_args!("<text x=\"{label_x}\" y=\"{y:.1}\" text-anchor=\"end\">{label}</text>"));
         }
@@ -59,13 +69,19 @@ impl Plot<'_> {
             let colour = COLOURS[index % COLOURS.len()];
             let path: Vec<_> = points.iter().map(|(x, y)| format!("{:.1},{:.1}", across(*x), up(*y))).collect();
             let path = path.join(" ");
-            line(&mut text, format_args!("<polyline points=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>"));
+            line(
+                &mut text,
+                format_args!("<polyline points=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>"),
+            );
             for (x, y) in points {
                 let (x, y) = (across(*x), up(*y));
                 line(&mut text, format_args!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>"));
             }
             let (x, y) = (WIDTH - RIGHT + 14.0, TOP + 20.0 * index as f64);
-            line(&mut text, format_args!("<rect x=\"{x}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{colour}\"/>", y - 10.0));
+            line(
+                &mut text,
+                format_args!("<rect x=\"{x}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{colour}\"/>", y - 10.0),
+            );
             line(&mut text, format_args!("<text x=\"{}\" y=\"{y}\">{name}</text>", x + 18.0));
         }
         text.push_str("</svg>\n");

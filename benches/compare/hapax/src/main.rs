@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use compare_kit::{Arguments, Meter};
-use hapax::{BoxError, Broker, Consumer, ConsumerBuilder, Context, Failure, Level, Message, Order, ProcessedStore, Settings};
+use hapax::{
+    BoxError, Broker, Consumer, ConsumerBuilder, Context, Failure, Level, Message, Order, Otherwise, ProcessedStore,
+    Settings,
+};
 use hapax_memory::MemoryStore;
 use hapax_redis::{RedisServer, RedisStore};
 
@@ -21,7 +24,12 @@ use effects::App;
 async fn main() -> Result<(), BoxError> {
     let arguments = Arguments::parse();
     let clocks = arguments.stages.then(|| Arc::new(Clocks::new(arguments.events)));
-    let app = Arc::new(App { meter: Meter::new(&arguments), insert: effects::insert(&arguments), clocks, stopped: arguments.stopped });
+    let app = Arc::new(App {
+        meter: Meter::new(&arguments),
+        insert: effects::insert(&arguments),
+        clocks,
+        stopped: arguments.stopped,
+    });
     let broker = brokers::open(&arguments)?;
     let broker = match &app.clocks {
         Some(clocks) => Arc::new(clocked::Clocked { inner: broker, clocks: Arc::clone(clocks) }) as Arc<dyn Broker>,
@@ -88,6 +96,9 @@ async fn run<T: ProcessedStore>(
         ..Settings::default()
     };
     let builder = Consumer::builder("compared", broker, store).settings(settings).shared_state(Arc::clone(&app));
+    // Batch handlers are for one type.
+    let is_batch = arguments.level.as_deref() == Some("L4-batch");
+    let builder = if is_batch { builder.otherwise(Otherwise::DeadLetter) } else { builder };
     let builder = if memory { builder.require(Level::AtLeastOnce) } else { builder };
     let consumer = with(builder).build().await?;
     let handle = consumer.handle();

@@ -14,8 +14,10 @@ pub async fn run(arguments: &Arguments, meter: &Meter) -> Result<(), Error> {
     let (mut reader, mut acker) = source::open(broker, url, topic, group).await?;
     let mut batch = reader.receive(BATCH_MAX).await?;
     loop {
-        let (next, done) =
-            tokio::join!(reader_or_end(&mut reader, meter, arguments, batch.len()), take(&mut store, &mut acker, meter, &batch));
+        let (next, done) = tokio::join!(
+            reader_or_end(&mut reader, meter, arguments, batch.len()),
+            take(&mut store, &mut acker, meter, &batch)
+        );
         if done? {
             break;
         }

@@ -34,7 +34,7 @@ async fn count(event: &Measured) -> HandlerOutcome {
     HandlerOutcome::ack()
 }
 
-fn app() -> impl App<State = ()> {
+fn app() -> impl App {
     let broker = KafkaBroker::new([measured().0.url.trim_start_matches("kafka://")]);
     RustStream::new(AppInfo::new("measured", "0.0.0")).with_broker(broker, |b| {
         b.include(count);
@@ -44,10 +44,11 @@ fn app() -> impl App<State = ()> {
 #[tokio::main(worker_threads = 2)]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let meter = &measured().1;
-    app().run_until(async move {
-        meter.all_handled().await;
-        meter.report();
-    })
-    .await?;
+    app()
+        .run_until(async move {
+            meter.all_handled().await;
+            meter.report();
+        })
+        .await?;
     Ok(())
 }
