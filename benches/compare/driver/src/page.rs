@@ -119,6 +119,8 @@ line of figures. Rounds are interleaved: every contender runs once before any ru
 quorum queues are filled anew for each run. Messages are CloudEvents in binary mode; on Kafka the record key is the event's id.
 - The rate counts from the first handled event to the last one settled. CPU time is that of the contender's process, start included; \
 what broker and store spend is not in it, and slows everybody who shares the two cores.
+- librdkafka reads ahead up to 64 MiB before the first message is taken: where a round's messages fit into that, rates of several hundred \
+thousand on Kafka (`raw`, RustStream) tell how fast its queue is emptied, not how fast a topic is fetched. `--events` makes rounds longer.
 - The latency columns are measured apart, at 1,000 events/s offered for four seconds after a warm-up, from sending to the start of the \
 handler. By hand in PostgreSQL that rate is near or above what one consumer manages: such figures are queues, not latencies.
 - A contender that would take over 30 s a round runs fewer events, which its line says.
