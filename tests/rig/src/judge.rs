@@ -1,6 +1,6 @@
 //! The judge: which invariants the history breaks.
 //!
-//! What can be seen from outside is less than what the simulation sees, so the history is completed first: [`explain`] adds
+//! What can be seen from outside is less than what the simulation sees, so the history is completed first: [`explain`](mod@explain) adds
 //! what must have happened for every effect, either that its record was written, or, where a fault came between the effect
 //! and its record, that its lease was lost. Then the invariants of the test kit decide, and a few of the rig's own.
 
