@@ -78,10 +78,10 @@ impl PostgresStoreBuilder {
     /// and the store belongs to it.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] for a server that is too old, read-only or not in UTF-8, a bad schema's name, tables
-    /// that are not there, or rights that are missing; [`ErrorKind::Incompatible`] for a table of our name with another
+    /// [`ErrorKind::Configuration`](hapax::ErrorKind::Configuration) for a server that is too old, read-only or not in UTF-8, a bad schema's name, tables
+    /// that are not there, or rights that are missing; [`ErrorKind::Incompatible`](hapax::ErrorKind::Incompatible) for a table of our name with another
     /// shape, or tables written by a newer version. Nothing is written before these checks.
-    /// [`ErrorKind::Unavailable`] where no connection can be had.
+    /// [`ErrorKind::Unavailable`](hapax::ErrorKind::Unavailable) where no connection can be had.
     pub async fn connect(self) -> Result<PostgresStore> {
         self.connect_checked().await.map_err(|fault| fault.during("connect"))
     }
