@@ -45,7 +45,7 @@ pub struct RabbitBrokerBuilder {
     bindings: Vec<(String, String)>,
     retry_steps: Vec<Duration>,
     topology: Topology,
-    delivery_limit: u32,
+    delivery_limit: Option<u32>,
     prefetch_max: u16,
     consumer_timeout: Duration,
     answer_timeout: Duration,
@@ -59,6 +59,8 @@ impl RabbitBrokerBuilder {
     /// 4 drops after 20 unless told otherwise, and because a negative number, "unlimited" on RabbitMQ 4, drops at the first
     /// redelivery on RabbitMQ 3.
     pub const DELIVERY_LIMIT: u32 = 1_000_000;
+    /// The delivery limit of a quorum queue that was declared without one, from RabbitMQ 4.0 on.
+    pub const DELIVERY_LIMIT_OF_SERVER: u32 = 20;
     /// The most unsettled deliveries of one consumer: RabbitMQ's own bound for quorum queues.
     pub const PREFETCH_MAX: u16 = 2_000;
     /// RabbitMQ's default for how long a delivery may stay unsettled.
@@ -85,7 +87,7 @@ impl RabbitBrokerBuilder {
             bindings: Vec::new(),
             retry_steps: Self::RETRY_STEPS.to_vec(),
             topology: Topology::Create,
-            delivery_limit: Self::DELIVERY_LIMIT,
+            delivery_limit: None,
             prefetch_max: Self::PREFETCH_MAX,
             consumer_timeout: Self::CONSUMER_TIMEOUT,
             answer_timeout: Self::ANSWER_TIMEOUT,
@@ -122,9 +124,10 @@ impl RabbitBrokerBuilder {
     }
 
     /// After how many deliveries the queue drops a message by itself: declared with [`Topology::Create`], believed with
-    /// [`Topology::Check`]. Default [`DELIVERY_LIMIT`](Self::DELIVERY_LIMIT).
+    /// [`Topology::Check`]. Default [`DELIVERY_LIMIT`](Self::DELIVERY_LIMIT); with [`Topology::Check`] what RabbitMQ takes by
+    /// itself from 4.0 on, [`DELIVERY_LIMIT_OF_SERVER`](Self::DELIVERY_LIMIT_OF_SERVER), since nobody can look at it.
     pub fn delivery_limit(mut self, deliveries: u32) -> Self {
-        self.delivery_limit = deliveries;
+        self.delivery_limit = Some(deliveries);
         self
     }
 
@@ -190,7 +193,7 @@ impl RabbitBrokerBuilder {
         if self.prefetch_max == 0 || self.prefetch_max > Self::PREFETCH_MAX {
             faults.push(format!("prefetch_max: it is from 1 to {}, quorum queues take no more", Self::PREFETCH_MAX));
         }
-        if self.delivery_limit == 0 {
+        if self.delivery_limit == Some(0) {
             faults.push("delivery_limit: 0 would drop a message at its first redelivery; give 1 or more".to_owned());
         }
         if self.answer_timeout.as_millis() == 0 {
@@ -207,7 +210,10 @@ impl RabbitBrokerBuilder {
                     dead,
                     steps,
                     bindings: self.bindings,
-                    delivery_limit: self.delivery_limit,
+                    delivery_limit: self.delivery_limit.unwrap_or(match self.topology {
+                        Topology::Create => Self::DELIVERY_LIMIT,
+                        Topology::Check => Self::DELIVERY_LIMIT_OF_SERVER,
+                    }),
                 };
                 Ok(RabbitBroker::new(
                     address,
@@ -279,6 +285,18 @@ mod tests {
         {
             assert!(error.to_string().contains(field), "{field} is missing in {error}");
         }
+    }
+
+    /// A queue that nobody looked at has the limit that its server takes by itself, until somebody says otherwise.
+    #[test]
+    fn the_delivery_limit_of_a_queue_that_is_only_checked_is_not_believed_to_be_ours() {
+        let most = |builder: RabbitBrokerBuilder| {
+            let broker = builder.build().expect("good settings");
+            hapax::Broker::capabilities(&broker).deliveries_max
+        };
+        assert_eq!(most(builder("orders", "billing")), Some(1_000_000));
+        assert_eq!(most(builder("orders", "billing").topology(Topology::Check)), Some(20));
+        assert_eq!(most(builder("orders", "billing").topology(Topology::Check).delivery_limit(50)), Some(50));
     }
 
     #[test]
