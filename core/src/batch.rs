@@ -70,6 +70,9 @@ impl<F: IntoFailure> FromIterator<Result<(), F>> for Outcomes {
 /// Each event is claimed, counted and recorded by itself. An item that fails fails alone. `Err` fails the batch as a whole,
 /// as a panic and the timeout do: then each of its events is run again by itself, as a batch of one, under the same claim.
 /// What the handler had done by then it does again.
+///
+/// An item that loses its lease does not stop the batch: before an effect that must not overlap with another's, look at
+/// [`cx.stopped()`](Context::stopped) of that item. Its outcome is not recorded then, and it is claimed again.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no batch handler for `{E}` with state `{S}`",
     label = "not a batch handler",

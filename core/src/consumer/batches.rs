@@ -40,7 +40,10 @@ impl Batches {
     pub(super) fn new(routes: &Routes, infos: &[RouteInfo], batch_max: usize) -> Self {
         let route =
             |(number, gather): (usize, _)| BatchRoute { name: infos[number].name(), gather, under_way: Arc::default() };
-        Self { routes: routes.gathers().map(route).collect(), batch_max }
+        // In the order in which they were added, so that a run with a seed repeats.
+        let mut gathers: Vec<_> = routes.gathers().collect();
+        gathers.sort_unstable_by_key(|(number, _)| *number);
+        Self { routes: gathers.into_iter().map(route).collect(), batch_max }
     }
 }
 

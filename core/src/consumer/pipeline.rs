@@ -36,7 +36,7 @@ enum Step<'a> {
     AskAgain,
     /// Wait here, unsettled and without a permit, then claim again.
     Wait(Duration),
-    /// Wait until no other event with a crash in its history runs, then claim again.
+    /// Wait until no other suspect runs, then claim again.
     WaitAlone,
     /// Set it aside: doom it, place the dead letter, record that.
     Bury(Held<'a>, Box<Burial>),

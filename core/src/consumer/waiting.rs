@@ -41,7 +41,7 @@ pub(super) enum Turned<'a> {
     Over,
 }
 
-/// A claimed event with a crash in its history.
+/// A claimed event with so many crashes in its history that it runs alone.
 pub(super) struct Suspect<'a>(&'a Shared);
 
 impl<'a> Suspect<'a> {
@@ -166,7 +166,7 @@ impl Shared {
         self.transaction_us.store(next.max(1), Ordering::Relaxed);
     }
 
-    /// Waits for the turn of events with a crash in their history; `None` when the delivery is to be given back instead.
+    /// Waits for the turn of suspects; `None` when the delivery is to be given back instead.
     pub(super) fn turn_alone<'a>(&'a self, delivery: &'a Delivery) -> Rare<'a, Option<SemaphorePermit<'a>>> {
         Box::pin(async move {
             let _waits = Waits::new(&self.waiting);

@@ -96,7 +96,7 @@ fn disturbances(history: &[Entry]) -> Vec<Disturbance> {
 }
 
 /// From each kill until the first of the events that were under way runs again, and until the last one does: those that
-/// have a crash in their history run one after the other.
+/// have crashes enough in their history run one after the other.
 pub(crate) fn takeover(history: &[Entry]) -> (Times, Times) {
     let disturbances = disturbances(history);
     let (mut first, mut last) = (Times::default(), Times::default());
