@@ -71,6 +71,14 @@ impl KafkaBroker {
         (state.joined && state.phase != crate::state::Phase::Closing).then_some(state.assigned.len())
     }
 
+    /// Whether all that waited in this member's partitions has been fetched, retries apart, as of the last second or so.
+    ///
+    /// False until the group has told the member what it has, and until the servers have told where those partitions end:
+    /// with `false`, that nothing arrives does not mean that nothing is there.
+    pub fn is_caught_up(&self) -> bool {
+        self.shared().is_some_and(|shared| shared.is_caught_up())
+    }
+
     /// Checks the topics, and creates them if that was asked for, without consuming.
     pub async fn check(&self) -> Result<()> {
         topics::check(&self.settings.properties, &self.settings.places, self.settings.declare.as_ref()).await?;

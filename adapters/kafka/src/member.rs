@@ -17,7 +17,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::client;
-use crate::state::Shared;
+use crate::state::{End, Shared};
 
 /// A partition by the number of its topic.
 pub(crate) type Spot = (usize, i32);
@@ -117,7 +117,8 @@ impl ClientContext for Member {
                 let end = if partition.ls_offset >= 0 { partition.ls_offset } else { partition.hi_offset };
                 let stood = partition.committed_offset.max(partition.lo_offset);
                 if end >= 0 && stood >= 0 && state.at(place, partition.partition).is_some() {
-                    state.ends.insert((place, partition.partition), (end, stood));
+                    let known = End { end, stood, next: partition.next_offset };
+                    state.ends.insert((place, partition.partition), known);
                 }
             }
         }

@@ -68,6 +68,11 @@ impl Places {
         }
     }
 
+    /// Whether the user named it.
+    pub(crate) fn is_main(&self, place: usize) -> bool {
+        place < self.mains()
+    }
+
     /// How many topics the user named.
     pub(crate) fn mains(&self) -> usize {
         self.dead.len()

@@ -60,8 +60,19 @@ pub(crate) struct State {
     pub(crate) joined: bool,
     /// Partitions whose last commit was not confirmed when the thread ended.
     left: usize,
-    /// Where partitions end and where the group stands in them, as the client last saw it.
-    pub(crate) ends: HashMap<(usize, i32), (i64, i64)>,
+    /// Where partitions end, and how far they are read, as the client last saw it.
+    pub(crate) ends: HashMap<(usize, i32), End>,
+}
+
+/// Of one partition, as offsets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    /// Of the message that comes next.
+    pub(crate) end: i64,
+    /// Where the group stood when this member took it over.
+    pub(crate) stood: i64,
+    /// What is fetched next.
+    pub(crate) next: i64,
 }
 
 /// What `receive` found.
@@ -201,11 +212,21 @@ impl Shared {
             return None;
         }
         let behind = |assignment: &Assignment| {
-            let (end, stood) = *state.ends.get(&(assignment.place, assignment.partition))?;
-            let position = assignment.tracker.position().unwrap_or(stood);
-            u64::try_from(end.saturating_sub(position)).ok()
+            let known = state.ends.get(&(assignment.place, assignment.partition))?;
+            let position = assignment.tracker.position().unwrap_or(known.stood);
+            u64::try_from(known.end.saturating_sub(position)).ok()
         };
         Some(state.assigned.values().filter_map(behind).sum())
+    }
+
+    /// Whether all there was in the topics' partitions of this member has been fetched. Retry topics are read when due.
+    pub(crate) fn is_caught_up(&self) -> bool {
+        let state = self.lock();
+        let mut mains = state.assigned.values().filter(|assignment| self.places.is_main(assignment.place));
+        let fetched = |known: &End| known.next >= known.end;
+        state.joined
+            && state.phase != Phase::Closing
+            && mains.all(|main| state.ends.get(&(main.place, main.partition)).is_some_and(fetched))
     }
 }
 

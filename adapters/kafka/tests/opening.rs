@@ -105,7 +105,7 @@ async fn lag_and_assignment_are_known_without_asking_the_server() {
     topic.broker().check().await.expect("the topics are created");
     topic.publish(0..12).await;
     let broker = topic.broker();
-    assert_eq!((broker.lag(), broker.assigned()), (None, None));
+    assert_eq!((broker.lag(), broker.assigned(), broker.is_caught_up()), (None, None, false));
     broker.open(limits()).await.expect("the broker opens");
     until("it has its partitions", || broker.assigned() == Some(4)).await;
     until("it knows how far behind it is", || broker.lag() == Some(12)).await;
@@ -113,10 +113,11 @@ async fn lag_and_assignment_are_known_without_asking_the_server() {
     assert_eq!(broker.lag(), Some(12), "what runs is not done");
     ack(&broker, &held).await;
     assert_eq!(broker.lag(), Some(0));
+    until("it knows that nothing more waits", || broker.is_caught_up()).await;
     topic.publish(20..25).await;
     until("more came", || broker.lag() == Some(5)).await;
     broker.close().await.expect("it closes");
-    assert_eq!(broker.assigned(), None);
+    assert_eq!((broker.assigned(), broker.is_caught_up()), (None, false));
 }
 
 /// Several topics under one group, each with its own retries and dead letters.

@@ -84,11 +84,11 @@ impl Queue {
         }
     }
 
-    /// Whether it is settled what this worker receives: only Kafka shares that out first.
-    pub(crate) fn has_assignment(&self) -> bool {
+    /// Whether what waits for this worker reaches it: only Kafka shares that out first, and fetches it then.
+    pub(crate) fn is_caught_up(&self) -> bool {
         match self {
             Self::Memory(_) | Self::Redis(_) | Self::Rabbit(_) => true,
-            Self::Kafka(broker) => broker.assigned().is_some(),
+            Self::Kafka(broker) => broker.is_caught_up(),
         }
     }
 }

@@ -45,6 +45,6 @@ pub(crate) async fn idle(idle: Duration, consumer: &ConsumerHandle, queue: &Queu
 
 fn is_quiet(consumer: &ConsumerHandle, queue: &Queue) -> bool {
     let health = consumer.health();
-    let takes_work = health.phase == Phase::Running && health.broker.up && queue.has_assignment();
+    let takes_work = health.phase == Phase::Running && health.broker.up && queue.is_caught_up();
     takes_work && health.in_flight.events == 0
 }
