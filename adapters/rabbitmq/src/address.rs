@@ -13,7 +13,7 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
 use tokio::time::timeout;
 
-use crate::error;
+use crate::{error, screen};
 
 /// Heartbeats are asked for this often unless the URL says otherwise: a silent connection is found after two.
 const HEARTBEAT_S: u16 = 10;
@@ -69,8 +69,7 @@ impl Address {
         // Without lapin's own recovery: it hides a lost session from its deliveries, and a channel that the server closed leaves
         // its consumer waiting for ever.
         let properties = ConnectionProperties::default().with_connection_name(format!("hapax {role}").into());
-        let runtime = lapin::runtime::default_runtime().map_err(|e| error::of(&e, "connect"))?;
-        let connecting = Connection::connect_uri_with_config(node.clone(), properties, self.tls.clone(), runtime);
+        let connecting = screen::connect(node.clone(), properties, self.tls.clone());
         match timeout(self.patience, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(e)) => {

@@ -26,6 +26,7 @@ mod link;
 mod outlet;
 mod places;
 mod publisher;
+mod screen;
 mod settings;
 mod shared;
 mod unsettled;

@@ -4,11 +4,15 @@
 //! What belongs to RabbitMQ (`x-death`, `x-delivery-count`, ..) is taken off when a message arrives and never sent on. What
 //! is sent again, to wait or to the dead letters, is the message as it came, with its native types.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use hapax::cloudevents::{self, Convention};
-use hapax::{DeadLetter, Error, ErrorKind, Headers, Message, MessageLimits, RESERVED_PREFIX, Result};
+use hapax::{DeadLetter, Defect, Error, ErrorKind, Headers, Message, MessageLimits, RESERVED_PREFIX, Result};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use crate::screen;
 
 /// The header that holds the property `message_id` of a message that is no CloudEvent.
 pub(crate) const MESSAGE_ID: &str = "message-id";
@@ -18,8 +22,9 @@ const CONVENTION: Convention = Convention::RABBITMQ;
 const PERSISTENT: u8 = 2;
 /// Bytes of headers in a dead letter: one frame of 128 KiB holds them all, and the other properties take up to 2 KiB.
 const DEAD_LETTER_HEADER_BYTES_MAX: usize = 100 * 1024;
-/// How deep nested arrays and tables are shown.
-const NESTING_MAX: usize = 8;
+/// How deep arrays and tables may be nested: deeper is a defect, and is not shown. Less than lapin is let read, so that nothing
+/// that was cut there seems sound here.
+const NESTING_MAX: usize = 16;
 
 /// Headers that RabbitMQ writes. A copy of them on a new message would be a lie, or be refused.
 fn is_of_server(name: &str) -> bool {
@@ -52,12 +57,42 @@ pub(crate) fn read(properties: &BasicProperties, body: Bytes, limits: &MessageLi
             headers.push(name, bytes_of(value));
         }
     }
+    if let Some(defect) = table.and_then(defect) {
+        return Message::defective(headers, body, defect);
+    }
     let mut message = cloudevents::decode(headers, body, &CONVENTION, limits);
     let foreign = message.attributes.id.is_none() && message.headers.get(MESSAGE_ID).is_none();
     if let Some(id) = properties.message_id().as_ref().filter(|id| foreign && !id.as_str().is_empty()) {
         message.headers.push(MESSAGE_ID, Bytes::copy_from_slice(id.as_str().as_bytes()));
     }
     message
+}
+
+/// What no sound message has: headers that were changed on their way in, or are nested deeper than is read.
+fn defect(table: &BTreeMap<ShortString, AMQPValue>) -> Option<Defect> {
+    if let Some(why) = table.get(screen::MARK) {
+        let why = why.as_long_string().map(ToString::to_string).unwrap_or_default();
+        let told = [
+            ("nested", "values are nested too deeply"),
+            ("text", "a name or a property is not UTF-8"),
+            ("large", "they are too large for one frame"),
+        ];
+        let told: Vec<_> =
+            told.iter().filter(|(word, _)| why.split(' ').any(|one| one == *word)).map(|(_, it)| *it).collect();
+        return Some(Defect::beyond_limit(format!("the headers cannot be read as they are: {}", told.join(", "))));
+    }
+    let deep = table.iter().find(|(_, value)| nesting_exceeds(value, NESTING_MAX))?.0;
+    Some(Defect::beyond_limit(format!("header `{deep}` is nested deeper than {NESTING_MAX} levels")))
+}
+
+/// Whether there are more levels of arrays and tables than so many.
+fn nesting_exceeds(value: &AMQPValue, levels: usize) -> bool {
+    let within = |inner: &AMQPValue| levels == 0 || nesting_exceeds(inner, levels - 1);
+    match value {
+        AMQPValue::FieldArray(array) => levels == 0 || array.as_slice().iter().any(within),
+        AMQPValue::FieldTable(table) => levels == 0 || table.inner().values().any(within),
+        _ => false,
+    }
 }
 
 /// How often the queue has delivered a message, from 1, as far as it tells.
@@ -105,7 +140,7 @@ pub(crate) fn again(properties: &BasicProperties) -> BasicProperties {
         let name = name.as_str();
         !is_of_server(name) && !is_route(name)
     });
-    let kept: std::collections::BTreeMap<_, _> = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
+    let kept: BTreeMap<_, _> = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
     // Left out: `expiration` would let it vanish while it waits, `user_id` is refused from another user, and the cluster's id is
     // not ours to say.
     let mut copy = BasicProperties::default().with_delivery_mode(PERSISTENT).with_headers(kept.into());

@@ -63,11 +63,27 @@ fn typed_headers_read_as_the_text_that_people_would_write() {
 }
 
 #[test]
-fn an_array_nested_deeper_than_anybody_writes_is_cut() {
-    let deep = (0..64).fold(text("core"), |inner, _| AMQPValue::FieldArray(FieldArray::from(vec![inner])));
-    let message = read(&with(&[("x-value", deep)]), Bytes::new(), &LIMITS);
-    let shown = message.headers.get_str("x-value").unwrap();
-    assert!(shown.contains("null") && shown.len() < 64, "{shown}");
+fn an_array_nested_deeper_than_anybody_writes_is_a_defect() {
+    let nested =
+        |levels: usize| (0..levels).fold(text("core"), |inner, _| AMQPValue::FieldArray(FieldArray::from(vec![inner])));
+    let message = read(&with(&[("x-value", nested(NESTING_MAX))]), Bytes::new(), &LIMITS);
+    assert_eq!(message.defect(), None);
+    assert!(message.headers.get_str("x-value").unwrap().contains("core"), "nothing of it is left out");
+    let message = read(&with(&[("x-value", nested(NESTING_MAX + 1))]), "body".into(), &LIMITS);
+    assert_eq!(message.defect().map(|defect| defect.kind), Some(hapax::DefectKind::BeyondLimit));
+    assert!(message.defect().unwrap().to_string().contains("x-value"), "{:?}", message.defect());
+    assert_eq!(message.data, "body");
+}
+
+/// The mark of the screen is a defect, whoever set it, and no dead letter bears it.
+#[test]
+fn headers_that_were_mended_are_a_defect() {
+    let properties = with(&[(screen::MARK, text("text large")), ("x-tenant", text("7"))]);
+    let message = read(&properties, "body".into(), &LIMITS);
+    let told = message.defect().expect("it is marked").to_string();
+    assert!(told.contains("UTF-8") && told.contains("too large for one frame") && !told.contains("nested"), "{told}");
+    assert!(again(&properties).headers().as_ref().unwrap().contains_key(screen::MARK), "it is one after a retry too");
+    assert!(!set_aside(&properties, &letter()).headers().as_ref().unwrap().contains_key(screen::MARK));
 }
 
 #[test]

@@ -4,6 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
+pub(crate) mod raw;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -223,16 +225,19 @@ pub(crate) async fn put(channel: &Channel, queue: &str, properties: BasicPropert
     assert!(matches!(confirm, lapin::Confirmation::Ack(None)), "{confirm:?}");
 }
 
-/// Receives until there are `count`.
+/// Receives until there are `count`, in bounded time.
 pub(crate) async fn receive(broker: &RabbitBroker, count: usize) -> Vec<Delivery> {
-    let mut all = Vec::new();
-    while all.len() < count {
-        match soon("receive", broker.receive(Want { events: count - all.len(), ..WANT })).await {
-            Ok(more) => all.extend(more),
-            Err(error) => assert!(error.is_retryable(), "{error}"),
+    let receiving = async {
+        let mut all = Vec::new();
+        while all.len() < count {
+            match soon("receive", broker.receive(Want { events: count - all.len(), ..WANT })).await {
+                Ok(more) => all.extend(more),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
+            }
         }
-    }
-    all
+        all
+    };
+    timeout(SOON * 3, receiving).await.unwrap_or_else(|_| panic!("{count} deliveries: not within {:?}", SOON * 3))
 }
 
 pub(crate) async fn silence(broker: &RabbitBroker, how_long: Duration) {
