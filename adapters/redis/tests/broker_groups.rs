@@ -170,7 +170,7 @@ async fn an_entry_trimmed_in_hand_is_still_settled() {
         settle(&broker, four[3].receipt, Settlement::DeadLetter(letter())).await;
     };
     settle_four(&held[..4]).await;
-    // By now the keeper has asked, and the server has taken them off the pending list.
+    // By now the keeper has asked, and knows.
     tokio::time::sleep(TAKE_OVER).await;
     settle_four(&held[4..]).await;
     let mut back = receive(&broker, 4).await;
@@ -184,6 +184,44 @@ async fn an_entry_trimmed_in_hand_is_still_settled() {
     assert_eq!(letters.iter().map(|one| &one.data[..]).collect::<Vec<_>>(), [b"3", b"7"], "letters hold the data");
     assert!(letters.iter().all(|one| one.attributes.id.is_some() && one.headers.get_str("hapax-reason").is_some()));
     ack(&broker, &back).await;
+}
+
+/// It is left on the pending list while it is in hand; the sweep of its own holder neither reports nor loses it.
+#[tokio::test]
+async fn an_entry_trimmed_in_hand_is_not_reported_by_its_holder() {
+    let stream = unique("in-hand-long");
+    let broker = member(&stream).await;
+    publish(&stream, 0..2).await;
+    let held = receive(&broker, 2).await;
+    let client = Client::connect().await;
+    client.command(&["XTRIM", &stream, "MAXLEN", "0"]).await;
+    silence(&broker, TAKE_OVER * 3).await;
+    assert_eq!(broker.trimmed(), 0);
+    settle(&broker, held[0].receipt, Settlement::DeadLetter(letter())).await;
+    settle(&broker, held[1].receipt, Settlement::Retry { after: Duration::ZERO }).await;
+    let letters = client.messages(broker.dead_letter_streams()[0]).await;
+    assert_eq!(letters.iter().map(|one| &one.data[..]).collect::<Vec<_>>(), [b"0"]);
+    let back = receive(&broker, 1).await;
+    assert_eq!(id(&back[0]), 1);
+    ack(&broker, &back).await;
+    assert_eq!(client.pending(&stream).await, 0);
+}
+
+/// Its holder died with the only copy: that is reported, and not lost in silence.
+#[tokio::test]
+async fn an_entry_trimmed_in_the_hand_of_one_that_died_is_reported() {
+    let stream = unique("in-hand-dead");
+    let victim = member(&stream).await;
+    publish(&stream, 0..1).await;
+    let held = receive(&victim, 1).await;
+    let client = Client::connect().await;
+    client.command(&["XTRIM", &stream, "MAXLEN", "0"]).await;
+    // The keeper has asked by now.
+    tokio::time::sleep(TAKE_OVER).await;
+    drop((victim, held));
+    let other = member(&stream).await;
+    silence(&other, TAKE_OVER * 2).await;
+    assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
 }
 
 #[tokio::test]

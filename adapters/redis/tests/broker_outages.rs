@@ -256,6 +256,49 @@ async fn a_trimmed_entry_whose_settlement_got_no_answer_is_not_lost() {
     ack(&other, &back).await;
 }
 
+/// The beat that keeps entries ours found one trimmed away, and its answer was lost: the body is in our hands still, and is set
+/// aside rather than taken for another's.
+#[tokio::test]
+async fn a_trimmed_entry_whose_beat_got_no_answer_is_not_lost() {
+    let client = Client::connect().await;
+    for _ in 0..20 {
+        let (proxy, url) = proxied().await;
+        let stream = unique("trimmed-unheard");
+        let broker = opened(build(&url, &stream)).await;
+        broker::publish(&stream, 0..2).await;
+        let held = receive(&broker, 2).await;
+        broker.stop().await.unwrap();
+        // The reader is gone by now, and the keeper goes on.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        proxy.cut_after_request(After::Reply);
+        let trimmed = Instant::now();
+        client.command(&["XTRIM", &stream, "MAXLEN", "1"]).await;
+        timeout(Duration::from_secs(10), proxy.resets_reach(1)).await.expect("the keeper asks now and then");
+        // A beat resets the idle time of the other entry; it may have been another question.
+        let idle = idle(&client, &stream).await;
+        if idle >= trimmed.elapsed() {
+            continue;
+        }
+        tokio::time::sleep(TAKE_OVER).await;
+        settle(&broker, held[0].receipt, Settlement::DeadLetter(letter())).await;
+        settle(&broker, held[1].receipt, Settlement::Ack).await;
+        let letters = client.messages(broker.dead_letter_streams()[0]).await;
+        assert_eq!(letters.iter().map(|one| &one.data[..]).collect::<Vec<_>>(), [b"0"]);
+        assert_eq!((client.pending(&stream).await, broker.trimmed()), (0, 0));
+        return;
+    }
+    panic!("no beat was cut");
+}
+
+/// How long ago the last pending entry was kept.
+async fn idle(client: &Client, stream: &str) -> Duration {
+    let Value::Array(pending) = client.command(&["XPENDING", stream, "g", "-", "+", "10"]).await else {
+        panic!("a list")
+    };
+    let last: (String, String, u64, u64) = redis::from_redis_value(pending.last().cloned().unwrap()).unwrap();
+    Duration::from_millis(last.2)
+}
+
 /// Entries whose reply was lost are read again by their ids. A server that refuses that read has them still: they are not
 /// acked as if they had been trimmed away.
 #[tokio::test]

@@ -273,7 +273,10 @@ impl Reader {
         let mut reply = items(c.reading.run("receive", &c.scripts.take_over, &key, &arguments).await?).into_iter();
         let cursor = reply.next().and_then(entry::bytes).and_then(|cursor| String::from_utf8(cursor).ok());
         let entries = items(reply.next().unwrap_or_default()).into_iter().filter_map(entry::entry).collect();
-        let gone: Vec<_> = items(reply.next().unwrap_or_default()).into_iter().filter_map(entry::entry_id).collect();
+        let mut gone: Vec<_> =
+            items(reply.next().unwrap_or_default()).into_iter().filter_map(entry::entry_id).collect();
+        // What we hold is not over: our copy of it can still be settled.
+        gone.retain(|id| !c.table().trimmed_in_hand((source, *id)));
         self.take_in(source, entries);
         c.tell_trimmed(source, &gone);
         self.cursors[source] = cursor.unwrap_or_else(|| "0-0".to_owned());

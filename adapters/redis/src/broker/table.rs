@@ -239,6 +239,15 @@ impl Table {
         }
     }
 
+    /// This entry was trimmed away; answers whether it is in hand.
+    pub(super) fn trimmed_in_hand(&mut self, key: Key) -> bool {
+        let receipt = self.receipts.get(&key).copied();
+        if let Some(receipt) = receipt {
+            self.trimmed(receipt);
+        }
+        receipt.is_some()
+    }
+
     /// What keeping these entries told. `at` is when the question was sent: it says nothing of what arrived since.
     pub(super) fn kept(&mut self, keys: &[Key], lost: &[Key], trimmed: &[Key], at: Instant) {
         for (keys, standing) in [(keys, None), (lost, Some(Standing::Lost)), (trimmed, Some(Standing::Trimmed))] {

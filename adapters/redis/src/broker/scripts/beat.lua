@@ -1,5 +1,6 @@
 -- Keeps entries ours: resets the idle time of those that are, without counting a delivery. Answers two lists of ids: lost
--- (another's, or done) and trimmed (gone from the stream; XCLAIM takes such entries off the pending list).
+-- (another's, or done) and trimmed (gone from the stream). What was trimmed stays on the pending list, from which XCLAIM would
+-- take it: if this answer is lost, the next must say the same, and if its holder dies, whoever takes over reports it.
 --
 -- KEYS  1 stream
 -- ARGV  1 group   2 consumer   3.. ids in ascending order
@@ -11,21 +12,16 @@ for i = 1, #range do mine[range[i][1]] = true end
 local whole = #range < count
 for i = 3, #ARGV do
   local id = ARGV[i]
-  if mine[id] or (not whole and redis.call('XPENDING', stream, group, id, id, 1, consumer)[1]) then
-    claim[#claim + 1] = id
-  else
+  if not mine[id] and (whole or not redis.call('XPENDING', stream, group, id, id, 1, consumer)[1]) then
     lost[#lost + 1] = id
+  elseif #redis.call('XRANGE', stream, id, id) == 0 then
+    trimmed[#trimmed + 1] = id
+  else
+    claim[#claim + 1] = id
   end
 end
 if #claim > 4 then
   claim[#claim + 1] = 'JUSTID'
-  local kept = redis.call('XCLAIM', unpack(claim))
-  if #kept < #claim - 5 then
-    local there = {}
-    for i = 1, #kept do there[kept[i]] = true end
-    for i = 5, #claim - 1 do
-      if not there[claim[i]] then trimmed[#trimmed + 1] = claim[i] end
-    end
-  end
+  redis.call('XCLAIM', unpack(claim))
 end
 return {lost, trimmed}
