@@ -233,7 +233,7 @@ async fn what_hapax_did_not_write_under_its_names_is_refused_and_left_as_it_is()
     let name = record_name(consumer, key(1));
     let raw: Vec<u8> = server.try_ask(cmd("GET").arg(&name)).await.unwrap();
     let mut newer = raw.clone();
-    newer[0] = 0x20;
+    newer[0] = 0x30;
     let foreign: [(&str, Option<Vec<u8>>); 5] = [
         ("a list", None),
         ("a word", Some(b"word".to_vec())),
@@ -260,6 +260,71 @@ async fn what_hapax_did_not_write_under_its_names_is_refused_and_left_as_it_is()
             assert_eq!(server.try_ask::<Vec<u8>>(cmd("GET").arg(&name)).await.unwrap(), value, "{what} is untouched");
         }
         assert_eq!(store.look_up("billing", key(2)).await.unwrap(), None, "its neighbour was not written");
+    }
+}
+
+#[tokio::test]
+async fn known_and_foreign_events_are_found_although_all_before_were_new() {
+    let server = Private::start(&[]).await;
+    let store = server.store().await;
+    let consumer = open(&store).await;
+    let all_new = async |first: u64| {
+        for n in first..first + 10 {
+            lease(&store, consumer, n).await;
+        }
+    };
+    all_new(0).await;
+    let granted = lease(&store, consumer, 100).await;
+    assert_eq!(store.record(&[(granted, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+    let mixed = [request(consumer, 101, 1), request(consumer, 100, 2), request(consumer, 0, 2)];
+    let claims = store.claim(&mixed, LEASE).await.unwrap();
+    assert!(matches!(claims[..], [Claim::Granted(..), Claim::Processed { .. }, Claim::Held { .. }]), "{claims:?}");
+    let Claim::Granted(held, None) = &claims[0] else { panic!("{claims:?}") };
+    assert!(held.fence > granted.fence);
+    assert_eq!(store.record(&[(*held, Outcome::Processed)]).await.unwrap(), [Recorded::Done], "under its own fence");
+    all_new(200).await;
+    for (name, left) in [(record_name(consumer, key(301)), 300), (b"{hapax:0}fence".to_vec(), 302)] {
+        server.try_ask::<()>(cmd("DEL").arg(&name)).await.unwrap();
+        server.try_ask::<()>(cmd("RPUSH").arg(&name).arg("x")).await.unwrap();
+        let batch = [request(consumer, left, 1), request(consumer, 301, 1)];
+        let refused = store.claim(&batch, LEASE).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Incompatible, "{refused}");
+        assert_eq!(store.look_up("billing", key(left)).await.unwrap(), None, "its neighbour was not written");
+        assert_eq!(server.try_ask::<u64>(cmd("LLEN").arg(&name)).await.unwrap(), 1, "it is as it was");
+        server.try_ask::<()>(cmd("DEL").arg(&name)).await.unwrap();
+        all_new(400 + left).await;
+    }
+}
+
+#[tokio::test]
+async fn outcomes_of_many_claims_that_are_recorded_together_keep_their_own_fences() {
+    let server = Private::start(&[]).await;
+    let store = server.store().await;
+    let consumer = open(&store).await;
+    let mut batch = Vec::new();
+    for n in 0..40 {
+        let held = lease(&store, consumer, n).await;
+        batch.push((held, if n % 5 == 4 { failed() } else { Outcome::Processed }));
+    }
+    let claims: Vec<_> = (100..120).map(|n| request(consumer, n, 1)).collect();
+    for claim in store.claim(&claims, LEASE).await.unwrap() {
+        let Claim::Granted(held, None) = claim else { panic!("{claim:?}") };
+        batch.push((held, Outcome::Processed));
+    }
+    // One in the middle of those that share a fence is another's since.
+    let fenced = batch.len() - 10;
+    batch[fenced].0.fence = batch[0].0.fence;
+    let mut expected = vec![Recorded::Done; batch.len()];
+    expected[fenced] = Recorded::Fenced;
+    assert_eq!(store.record(&batch).await.unwrap(), expected);
+    for (held, outcome) in &batch {
+        let view = store.look_up("billing", held.key).await.unwrap().unwrap();
+        let status = match outcome {
+            _ if held.key == batch[fenced].0.key => Status::Claimed,
+            Outcome::Processed => Status::Processed,
+            _ => Status::Waiting,
+        };
+        assert_eq!((view.status, view.attempt), (status, 1));
     }
 }
 

@@ -91,12 +91,14 @@ async fn the_number_of_partitions_is_chosen_once() {
 }
 
 #[tokio::test]
-async fn a_store_of_a_newer_version_is_refused() {
+async fn a_store_of_another_version_is_refused() {
     let server = Private::start(&[]).await;
-    server.ask::<()>("HSET {hapax:0}store version 2 partitions 1").await;
-    let refused = RedisStore::builder(server.at()).connect().await.unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Incompatible);
-    assert!(refused.to_string().contains("version 2"), "{refused}");
+    for version in [1, 3] {
+        server.ask::<()>(&format!("HSET {{hapax:0}}store version {version} partitions 1")).await;
+        let refused = RedisStore::builder(server.at()).connect().await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Incompatible);
+        assert!(refused.to_string().contains(&format!("version {version}")), "{refused}");
+    }
 }
 
 #[tokio::test]

@@ -184,11 +184,15 @@ impl Link {
         keys: &[impl AsRef<[u8]> + Sync],
         arguments: &[impl AsRef<[u8]> + Sync],
     ) -> Result<Value> {
-        let command = script.by_digest(keys, arguments);
-        let answer = self.call(operation, async |connection| connection.send(&command).await).await?;
+        self.run_command(operation, script, &script.by_digest(keys, arguments)).await
+    }
+
+    /// [`run`](Self::run) with a call by digest that the caller has put together.
+    pub(crate) async fn run_command(&self, operation: &'static str, script: &Script, command: &Cmd) -> Result<Value> {
+        let answer = self.call(operation, async |connection| connection.send(command).await).await?;
         let unknown = redis::ErrorKind::Server(redis::ServerErrorKind::NoScript);
         match answer {
-            Err(failed) if failed.kind() == unknown => self.query(operation, &script.by_text(keys, arguments)).await,
+            Err(failed) if failed.kind() == unknown => self.query(operation, &script.by_text(command)).await,
             answer => answer.map_err(|e| error(operation, &e)),
         }
     }

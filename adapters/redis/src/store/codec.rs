@@ -28,16 +28,18 @@ fn seven(number: u64) -> [u8; 7] {
     bytes
 }
 
-/// What the claim script is told of one item.
-pub(super) fn claim_item(request: &ClaimRequest) -> Vec<u8> {
-    let mut item = Vec::with_capacity(39);
+/// Most bytes of what the claim script is told of one item.
+pub(super) const CLAIM_BYTES: usize = 39;
+
+/// What the claim script is told of one item, instead of what stands in `item`.
+pub(super) fn put_claim(item: &mut Vec<u8>, request: &ClaimRequest) {
+    item.clear();
     item.extend_from_slice(&request.fingerprint.0);
     item.extend_from_slice(&request.token.to_be_bytes());
     // A token beyond 2^53 is none of ours: as good as no token.
     if let Some(token) = request.reopen.filter(|token| token.get() < NUMBER_END) {
         item.extend_from_slice(&seven(token.get()));
     }
-    item
 }
 
 /// A lease's fence for a script.
@@ -48,9 +50,46 @@ pub(super) fn fence(lease: &Lease, operation: &'static str) -> Result<[u8; 7]> {
     Err(Error::new(ErrorKind::Rejected, operation).because("the lease's fence is not below 2^53: no store granted it"))
 }
 
-/// What the record script is told of one item.
-pub(super) fn record_item(lease: &Lease, outcome: &Outcome) -> Result<Vec<u8>> {
-    let mut item = Vec::with_capacity(32);
+/// What the record script is told: once where it is the same for items that follow each other, as it is for most, and how
+/// many they are before it.
+#[derive(Default)]
+pub(super) struct Runs {
+    bytes: Vec<u8>,
+    /// Where each ends.
+    ends: Vec<usize>,
+    count: u16,
+}
+
+impl Runs {
+    /// One more item.
+    pub(super) fn add(&mut self, lease: &Lease, outcome: &Outcome) -> Result<()> {
+        let (last, end) = (self.ends.len().checked_sub(2).map_or(0, |at| self.ends[at]), self.bytes.len());
+        self.bytes.extend_from_slice(&1_u16.to_be_bytes());
+        put_outcome(&mut self.bytes, lease, outcome)?;
+        let is_same = !self.ends.is_empty() && self.bytes[last + 2..end] == self.bytes[end + 2..];
+        if is_same && self.count < u16::MAX {
+            self.bytes.truncate(end);
+            self.count += 1;
+            self.bytes[last..last + 2].copy_from_slice(&self.count.to_be_bytes());
+        } else {
+            self.ends.push(self.bytes.len());
+            self.count = 1;
+        }
+        Ok(())
+    }
+
+    /// What the script is told.
+    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        self.ends.iter().enumerate().map(|(at, end)| &self.bytes[at.checked_sub(1).map_or(0, |at| self.ends[at])..*end])
+    }
+
+    /// Bytes of all.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+fn put_outcome(item: &mut Vec<u8>, lease: &Lease, outcome: &Outcome) -> Result<()> {
     item.push(match outcome {
         Outcome::Processed => b'P',
         Outcome::Failed { .. } => b'F',
@@ -64,16 +103,16 @@ pub(super) fn record_item(lease: &Lease, outcome: &Outcome) -> Result<Vec<u8>> {
         Outcome::Failed { after, counted, trouble } => {
             item.push(u8::from(*counted));
             item.extend_from_slice(&seven(microseconds(*after)));
-            put_trouble(&mut item, trouble);
+            put_trouble(item, trouble);
         }
         Outcome::Doomed { reason, trouble } => {
             let word = reason.as_str();
             item.push(u8::try_from(word.len()).unwrap_or(u8::MAX));
             item.extend_from_slice(word.as_bytes());
-            put_trouble(&mut item, trouble);
+            put_trouble(item, trouble);
         }
     }
-    Ok(item)
+    Ok(())
 }
 
 fn put_trouble(item: &mut Vec<u8>, trouble: &Trouble) {
@@ -91,45 +130,58 @@ pub(super) fn strange(operation: &'static str) -> Error {
     Error::new(ErrorKind::Incompatible, operation).because(why)
 }
 
-/// The answers of the claim script.
-pub(super) fn claims(answer: Value, requests: &[&ClaimRequest]) -> Result<Vec<Claim>> {
-    let Value::Array(answers) = answer else { return Err(strange("claim")) };
-    if answers.len() != requests.len() {
-        return Err(strange("claim"));
-    }
-    let pairs = answers.iter().zip(requests);
-    pairs.map(|(answer, request)| claim(answer, request).ok_or_else(|| strange("claim"))).collect()
+/// The answers of the claim script, and whether all were new.
+pub(super) fn claims<'a>(
+    answer: &Value,
+    requests: impl ExactSizeIterator<Item = &'a ClaimRequest>,
+) -> Result<(Vec<Claim>, bool)> {
+    claims_of(answer, requests).ok_or_else(|| strange("claim"))
 }
 
-fn claim(answer: &Value, request: &ClaimRequest) -> Option<Claim> {
+fn claims_of<'a>(
+    answer: &Value,
+    requests: impl ExactSizeIterator<Item = &'a ClaimRequest>,
+) -> Option<(Vec<Claim>, bool)> {
+    let Value::BulkString(bytes) = answer else { return None };
+    let rest = &mut bytes.as_slice();
+    let fresh = number(rest)?;
+    let (mut claims, mut all_new) = (Vec::with_capacity(requests.len()), true);
+    for request in requests {
+        let [letter] = take(rest)?;
+        all_new &= letter == NEW;
+        claims.push(claim(letter, rest, fresh, request)?);
+    }
+    rest.is_empty().then_some((claims, all_new))
+}
+
+/// The letter of an event of which there was no record.
+const NEW: u8 = b'N';
+
+fn claim(letter: u8, rest: &mut &[u8], fresh: u64, request: &ClaimRequest) -> Option<Claim> {
     let lease = |fence: u64, attempt| {
         let fence = NonZeroU64::new(fence)?;
         Some(Lease { consumer: request.consumer, key: request.key, fence, attempt })
     };
-    match answer {
-        Value::Int(fence) => Some(Claim::Granted(lease(u64::try_from(*fence).ok()?, 1)?, None)),
-        Value::BulkString(bytes) => {
-            let (letter, mut rest) = bytes.split_first()?;
-            let rest = &mut rest;
-            Some(match letter {
-                b'P' => Claim::Processed { ago: time(rest)? },
-                b'D' => Claim::DeadLettered { ago: time(rest)? },
-                b'H' => Claim::Held { wait: time(rest)? },
-                b'N' => Claim::NotYet { wait: time(rest)? },
-                b'C' => Claim::Conflict,
-                b'G' => {
-                    let (fence, attempt, crashes, first) = (number(rest)?, count(rest)?, count(rest)?, time(rest)?);
-                    let doomed =
-                        if take::<1>(rest)? == [DOOMED] { Some((number(rest)?, reason(rest)?).1) } else { None };
-                    let trouble = trouble(rest)?.unwrap_or_default();
-                    let history = History { crashes, first, trouble, doomed };
-                    Claim::Granted(lease(fence, attempt)?, Some(Box::new(history)))
-                }
-                _ => return None,
-            })
+    Some(match letter {
+        NEW => Claim::Granted(lease(fresh, 1)?, None),
+        b'F' => Claim::Granted(lease(number(rest)?, 1)?, None),
+        b'P' => Claim::Processed { ago: time(rest)? },
+        b'D' => Claim::DeadLettered { ago: time(rest)? },
+        b'H' => Claim::Held { wait: time(rest)? },
+        b'W' => Claim::NotYet { wait: time(rest)? },
+        b'C' => Claim::Conflict,
+        b'G' => {
+            let length = usize::try_from(count(rest)?).ok()?;
+            let (mut history, behind) = rest.split_at_checked(length)?;
+            *rest = behind;
+            let rest = &mut history;
+            let (fence, attempt, crashes, first) = (number(rest)?, count(rest)?, count(rest)?, time(rest)?);
+            let doomed = if take::<1>(rest)? == [DOOMED] { Some((number(rest)?, reason(rest)?).1) } else { None };
+            let trouble = trouble(rest)?.unwrap_or_default();
+            Claim::Granted(lease(fence, attempt)?, Some(Box::new(History { crashes, first, trouble, doomed })))
         }
-        _ => None,
-    }
+        _ => return None,
+    })
 }
 
 /// The answers of the renew script.
@@ -165,11 +217,11 @@ fn letters<T>(
     .ok_or_else(|| strange(operation))
 }
 
-const CLAIMED: u8 = 0x10;
-const WAITING: u8 = 0x11;
-const DOOMED: u8 = 0x12;
-const PROCESSED: u8 = 0x13;
-const DEAD_LETTERED: u8 = 0x14;
+const CLAIMED: u8 = 0x20;
+const WAITING: u8 = 0x21;
+const DOOMED: u8 = 0x22;
+const PROCESSED: u8 = 0x23;
+const DEAD_LETTERED: u8 = 0x24;
 
 /// The first byte of records in this status.
 pub(super) fn state(status: Status) -> u8 {
@@ -198,10 +250,6 @@ pub(super) fn view(key: EventKey, record: &[u8], now: u64, operation: &'static s
 fn view_of(key: EventKey, mut record: &[u8], now: u64) -> Option<(u64, RecordView)> {
     let rest = &mut record;
     let [state] = take(rest)?;
-    let fence = number(rest)?;
-    let at = if state == PROCESSED { fence + u64::from(count(rest)?) * 1_000 } else { number(rest)? };
-    take::<16>(rest)?;
-    let (attempt, crashes) = if state == PROCESSED && rest.is_empty() { (1, 0) } else { (count(rest)?, count(rest)?) };
     let status = match state {
         CLAIMED => Status::Claimed,
         WAITING => Status::Waiting,
@@ -210,15 +258,30 @@ fn view_of(key: EventKey, mut record: &[u8], now: u64) -> Option<(u64, RecordVie
         DEAD_LETTERED => Status::DeadLettered,
         _ => return None,
     };
-    let apart =
-        if matches!(state, PROCESSED | DEAD_LETTERED) { now.saturating_sub(at) } else { at.saturating_sub(now) };
-    let mut view = RecordView::new(key, status, fence, attempt, crashes, Duration::from_micros(apart));
-    if matches!(state, CLAIMED | WAITING | DOOMED) {
-        // First claim and token.
+    let fence = number(rest)?;
+    let (attempt, crashes, at);
+    if state == PROCESSED {
+        at = fence + u64::from(count(rest)?) * 1_000;
+        take::<16>(rest)?;
+        (attempt, crashes) = if rest.is_empty() { (1, 0) } else { (count(rest)?, count(rest)?) };
+    } else {
+        (attempt, crashes) = (count(rest)?, count(rest)?);
+        at = number(rest)?;
+        // First claim, or doomed since, and fingerprint.
         take::<23>(rest)?;
     }
-    if matches!(state, DOOMED | DEAD_LETTERED) {
+    let has_ended = matches!(state, PROCESSED | DEAD_LETTERED);
+    let apart = if has_ended { now.saturating_sub(at) } else { at.saturating_sub(now) };
+    let mut view = RecordView::new(key, status, fence, attempt, crashes, Duration::from_micros(apart));
+    if !has_ended {
+        // Token.
+        take::<16>(rest)?;
+    }
+    if state == DOOMED {
+        // Doomed since.
         number(rest)?;
+    }
+    if matches!(state, DOOMED | DEAD_LETTERED) {
         view.reason = Some(reason(rest)?);
     }
     view.trouble = trouble(rest)?;

@@ -10,6 +10,6 @@ end
 -- Its fence lives on, so that the next one is higher even where the server's clock was set back meanwhile.
 local fence = #record >= 8 and number(record, 2) or 0
 if fence <= NUMBER_MAX and fence > (found[1] and number(found[1], 1) or 0) then
-  redis.call('MSET', KEYS[1], numbered(fence))
+  call('MSET', KEYS[1], numbered(fence))
 end
-return redis.call('DEL', KEYS[2])
+return call('DEL', KEYS[2])

@@ -2,7 +2,9 @@
 -- format's version, the number of partitions if the store is new. Answers with version and partitions as they are.
 -- What this server, its role and its rights refuse shows here, with the commands that claim and record use.
 redis.call('MSET', KEYS[2], 'x')
+redis.call('SET', KEYS[2], 'x', 'PXAT', '4102444800000')
 redis.call('SET', KEYS[2], 'x', 'PX', '1000')
+redis.call('MSETNX', KEYS[2], 'x')
 redis.call('EXISTS', KEYS[2])
 redis.call('MGET', KEYS[2])
 redis.call('DEL', KEYS[2])

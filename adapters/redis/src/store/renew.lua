@@ -16,11 +16,11 @@ for i = 1, #KEYS do
     end
     local state = byte(record, 1)
     if (state == CLAIMED or state == DOOMED) and sub(record, 2, 8) == ARGV[i + 2] then
-      local ends = math.max(now + lease, number(record, 9))
-      local written = sub(record, 1, 8) .. numbered(ends) .. sub(record, 16)
+      local ends = max(now + lease, number(record, 17))
+      local written = sub(record, 1, 16) .. numbered(ends) .. sub(record, 24)
       answers[i] = 'R'
       if state == DOOMED then
-        doomed[#doomed + 1] = { KEYS[i], written, milliseconds(math.ceil((ends - now) / 1000) + retention) }
+        doomed[#doomed + 1] = { KEYS[i], written, decimal(ceil((ends - now) / 1000) + retention) }
       else
         sets[#sets + 1] = KEYS[i]
         sets[#sets + 1] = written
@@ -29,9 +29,9 @@ for i = 1, #KEYS do
   end
 end
 if #sets > 0 then
-  redis.call('MSET', unpack(sets))
+  call('MSET', unpack(sets))
 end
 for _, set in ipairs(doomed) do
-  redis.call('SET', set[1], set[2], 'PX', set[3])
+  call('SET', set[1], set[2], 'PX', set[3])
 end
 return table.concat(answers)
