@@ -14,7 +14,7 @@
 //! Limits: no order; delays are rounded up to steps; a crash between publish and ack leaves two copies, which the store
 //! knows as one event; at most 2,000 unsettled; deliveries are counted by number and not by bytes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,8 +29,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::address::Address;
 use crate::lane::Parcel;
-use crate::link::{self, Link};
-use crate::outlet::{Lanes, Outlet};
+use crate::link::{self, GOODBYE, Link};
+use crate::outlet::{Lanes, Outlet, again};
 use crate::places::{Place, Places};
 use crate::publisher::RabbitPublisher;
 use crate::settings::{RabbitBrokerBuilder, Settings, Topology};
@@ -57,7 +57,9 @@ const OUTAGE_PATIENCE: Duration = Duration::from_secs(1);
 pub struct RabbitBroker {
     pub(crate) shared: Arc<Shared>,
     outlet: Outlet,
-    /// Places that did not take a message: they may have been deleted.
+    /// For what goes to doubted places, so that nothing else waits for them.
+    doubtful: Outlet,
+    /// Places that did not take the last message: they may have been deleted, or have no leader.
     doubted: Mutex<BTreeSet<Place>>,
     running: Mutex<Option<Running>>,
 }
@@ -82,10 +84,13 @@ impl RabbitBroker {
 
     pub(crate) fn new(address: Address, settings: Settings) -> Self {
         let address = Arc::new(address);
-        let role = format!("retries and dead letters {}", settings.places.group);
-        let outlet = Outlet::new(Arc::clone(&address), role, Lanes::EachRoute, settings.answer_timeout);
+        let outlet = |what: &str| {
+            let role = format!("{what} {}", settings.places.group);
+            Outlet::new(Arc::clone(&address), role, Lanes::EachRoute, settings.answer_timeout)
+        };
+        let (outlet, doubtful) = (outlet("retries and dead letters"), outlet("doubtful places"));
         let shared = Arc::new(Shared::new(address, settings));
-        Self { shared, outlet, doubted: Mutex::default(), running: Mutex::default() }
+        Self { shared, outlet, doubtful, doubted: Mutex::default(), running: Mutex::default() }
     }
 
     /// Creates every queue that the consumer may need, wait queues included; with [`Topology::Check`] looks whether they
@@ -126,7 +131,7 @@ impl RabbitBroker {
         self.doubted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: Order) {
         if let Some(running) = &*self.running() {
             running.orders.send_replace(order);
         }
@@ -150,40 +155,95 @@ impl RabbitBroker {
         Ok((place, Parcel { exchange: "".into(), routing_key, properties, body, mandatory: true }))
     }
 
-    /// Publishes to wait queues and dead letters. Where hapax creates queues, one that was deleted is created at the next try.
-    async fn send(&self, parcels: &[(Place, Parcel)]) -> Vec<Result<()>> {
-        let mut answers: Vec<Result<()>> = parcels.iter().map(|_| Ok(())).collect();
-        let doubted: Vec<Place> = match self.shared.settings.topology {
-            Topology::Create => {
-                let wanted: BTreeSet<Place> = parcels.iter().map(|(place, _)| *place).collect();
-                self.doubted().intersection(&wanted).copied().collect()
-            }
-            Topology::Check => Vec::new(),
-        };
-        for place in doubted {
-            match self.outlet.ensure(self.places(), place, Topology::Create).await {
+    /// Publishes to wait queues and dead letters. What goes to places that took nothing the last time neither waits for the rest
+    /// nor holds it up.
+    async fn send(&self, parcels: &[(Place, Parcel)], deadline: Instant) -> Vec<Result<()>> {
+        let doubted: BTreeSet<Place> = self.doubted().clone();
+        let (doubtful, sound): (Vec<usize>, Vec<usize>) =
+            (0..parcels.len()).partition(|at| doubted.contains(&parcels[*at].0));
+        let (sound_sent, doubtful_sent) = tokio::join!(
+            self.send_over(&self.outlet, parcels, &sound, deadline),
+            self.send_again(parcels, &doubtful, deadline)
+        );
+        let mut answers: Vec<Result<()>> = parcels.iter().map(|_| Err(stale())).collect();
+        for (at, answer) in sound_sent.into_iter().chain(doubtful_sent) {
+            let place = parcels[at].0;
+            match &answer {
                 Ok(()) => drop(self.doubted().remove(&place)),
-                Err(error) => {
-                    let failed = parcels.iter().zip(&mut answers).filter(|((to, _), _)| *to == place);
-                    failed.for_each(|(_, answer)| *answer = Err(again(&error)));
-                }
-            }
-        }
-        let open: Vec<usize> = (0..parcels.len()).filter(|at| answers[*at].is_ok()).collect();
-        let batch: Vec<Parcel> = open.iter().map(|at| parcels[*at].1.clone()).collect();
-        for (at, answer) in open.into_iter().zip(self.outlet.publish(&batch).await) {
-            if answer.is_err() {
-                self.doubted().insert(parcels[at].0);
+                // Its own fault.
+                Err(error) if error.kind() == ErrorKind::Rejected => {}
+                Err(_) => drop(self.doubted().insert(place)),
             }
             answers[at] = answer;
         }
         answers
     }
-}
 
-/// The same error for another item.
-fn again(error: &Error) -> Error {
-    Error::new(error.kind(), "settle").because(error.to_string())
+    async fn send_over(
+        &self,
+        outlet: &Outlet,
+        parcels: &[(Place, Parcel)],
+        these: &[usize],
+        deadline: Instant,
+    ) -> Vec<(usize, Result<()>)> {
+        let batch: Vec<Parcel> = these.iter().map(|at| parcels[*at].1.clone()).collect();
+        these.iter().copied().zip(outlet.publish(&batch, deadline).await).collect()
+    }
+
+    /// To doubted places: where hapax creates queues, one that was deleted is created first.
+    async fn send_again(
+        &self,
+        parcels: &[(Place, Parcel)],
+        these: &[usize],
+        deadline: Instant,
+    ) -> Vec<(usize, Result<()>)> {
+        if these.is_empty() || self.shared.settings.topology == Topology::Check {
+            return self.send_over(&self.doubtful, parcels, these, deadline).await;
+        }
+        let places: BTreeSet<Place> = these.iter().map(|at| parcels[*at].0).collect();
+        let places: Vec<Place> = places.into_iter().collect();
+        // Half of the time, so that the other half is left for those that are there again.
+        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        let ensured = self.doubtful.ensure(self.places(), &places, half).await;
+        let missing: BTreeMap<Place, Error> =
+            places.into_iter().zip(ensured).filter_map(|(place, answer)| Some((place, answer.err()?))).collect();
+        let (lost, there): (Vec<usize>, Vec<usize>) =
+            these.iter().partition(|at| missing.contains_key(&parcels[**at].0));
+        let mut answers = self.send_over(&self.doubtful, parcels, &there, deadline).await;
+        answers.extend(lost.into_iter().filter_map(|at| Some((at, Err(again(missing.get(&parcels[at].0)?))))));
+        answers
+    }
+
+    /// Ends deliveries at the server, and notes what became of each.
+    async fn finish(
+        &self,
+        session: u32,
+        endings: Vec<(usize, (u64, Ending))>,
+        deadline: Instant,
+    ) -> Vec<(usize, Result<()>)> {
+        let (places, frames): (Vec<usize>, Vec<_>) = endings.into_iter().unzip();
+        places.into_iter().zip(self.shared.finish(session, &frames, deadline).await).collect()
+    }
+
+    /// Places messages elsewhere, then acks those that were placed.
+    async fn place(
+        &self,
+        session: u32,
+        outgoing: Vec<(usize, u64, (Place, Parcel))>,
+        deadline: Instant,
+    ) -> Vec<(usize, Result<()>)> {
+        let parcels: Vec<_> = outgoing.iter().map(|(_, _, parcel)| parcel.clone()).collect();
+        let (mut placed, mut answers) = (Vec::new(), Vec::new());
+        for ((at, tag, _), sent) in outgoing.into_iter().zip(self.send(&parcels, deadline).await) {
+            match sent {
+                Ok(()) => placed.push((at, (tag, Ending::Ack))),
+                Err(error) => answers.push((at, Err(error))),
+            }
+        }
+        // Only now: acked first, a crash would lose the message. What was placed is worth a little more time.
+        answers.extend(self.finish(session, placed, deadline.max(Instant::now() + GOODBYE)).await);
+        answers
+    }
 }
 
 #[async_trait]
@@ -218,6 +278,7 @@ impl Broker for RabbitBroker {
     }
 
     async fn settle(&self, batch: &[(Receipt, Settlement)]) -> Vec<Result<()>> {
+        let deadline = Instant::now() + self.shared.settings.answer_timeout;
         let mut answers: Vec<Result<()>> = batch.iter().map(|_| Err(stale())).collect();
         let (mut endings, mut outgoing) = (Vec::new(), Vec::new());
         let mut seen = BTreeSet::new();
@@ -241,21 +302,9 @@ impl Broker for RabbitBroker {
             endings.push((at, (receipt.position, ending)));
         }
         // What needs no other queue does not wait for one.
-        let (places, frames): (Vec<usize>, Vec<_>) = endings.into_iter().unzip();
-        for (at, answer) in places.into_iter().zip(self.shared.finish(session, &frames).await) {
-            answers[at] = answer;
-        }
-        let parcels: Vec<_> = outgoing.iter().map(|(_, _, parcel)| parcel.clone()).collect();
-        let mut placed = Vec::new();
-        for ((at, tag, _), sent) in outgoing.into_iter().zip(self.send(&parcels).await) {
-            match sent {
-                Ok(()) => placed.push((at, (tag, Ending::Ack))),
-                Err(error) => answers[at] = Err(error),
-            }
-        }
-        // Only now: acked first, a crash would lose the message.
-        let (places, frames): (Vec<usize>, Vec<_>) = placed.into_iter().unzip();
-        for (at, answer) in places.into_iter().zip(self.shared.finish(session, &frames).await) {
+        let (finished, placed) =
+            tokio::join!(self.finish(session, endings, deadline), self.place(session, outgoing, deadline));
+        for (at, answer) in finished.into_iter().chain(placed) {
             answers[at] = answer;
         }
         answers
@@ -284,7 +333,7 @@ impl Broker for RabbitBroker {
             let _ = timeout(patience, &mut running.task).await;
         }
         self.shared.end_any();
-        self.outlet.close().await;
+        tokio::join!(self.outlet.close(), self.doubtful.close());
         self.doubted().clear();
         Ok(())
     }

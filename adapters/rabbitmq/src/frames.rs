@@ -12,6 +12,7 @@ use std::time::Duration;
 use hapax::Result;
 use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicNackOptions, BasicRejectOptions};
+use tokio::time::{Instant, timeout_at};
 
 use crate::error;
 use crate::lane::in_order;
@@ -41,13 +42,19 @@ impl Sent {
 type Writing<'c> = Pin<Box<dyn Future<Output = Sent> + Send + 'c>>;
 
 /// Sends the frames in order and says for each tag whether its frame was written.
-pub(crate) async fn send(channel: &Channel, frames: &[(Frame, Vec<u64>)], patience: Duration) -> BTreeMap<u64, Sent> {
-    let writing: Vec<Writing<'_>> = frames.iter().map(|(frame, _)| write(channel, *frame, patience)).collect();
+pub(crate) async fn send(
+    channel: &Channel,
+    frames: &[(Frame, Vec<u64>)],
+    deadline: Instant,
+    patience: Duration,
+) -> BTreeMap<u64, Sent> {
+    let each = |(frame, _): &(Frame, _)| write(channel, *frame, deadline, patience);
+    let writing: Vec<Writing<'_>> = frames.iter().map(each).collect();
     let sent = in_order(writing).await;
     frames.iter().zip(sent).flat_map(|((_, tags), sent)| tags.iter().map(move |tag| (*tag, sent))).collect()
 }
 
-fn write(channel: &Channel, frame: Frame, patience: Duration) -> Writing<'_> {
+fn write(channel: &Channel, frame: Frame, deadline: Instant, patience: Duration) -> Writing<'_> {
     Box::pin(async move {
         let writing = async {
             match frame {
@@ -58,7 +65,7 @@ fn write(channel: &Channel, frame: Frame, patience: Duration) -> Writing<'_> {
                 }
             }
         };
-        match tokio::time::timeout(patience, writing).await {
+        match timeout_at(deadline, writing).await {
             Ok(Ok(())) => Sent::Written,
             Ok(Err(_)) => Sent::Lost,
             Err(_) => Sent::Unknown(patience),

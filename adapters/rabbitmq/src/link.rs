@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// The longest wait between two tries to connect.
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
 /// How long a connection may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
 
 pub(crate) struct Link {
     pub(crate) connection: Connection,
@@ -91,6 +91,18 @@ impl Link {
     }
 }
 
+/// However the supervisor ends, no session outlives it and no receive waits for it.
+struct Watch(Arc<Shared>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.broke();
+        }
+        self.0.end_any();
+    }
+}
+
 /// Keeps the link until it is told to close it.
 pub(crate) async fn supervise(
     shared: Arc<Shared>,
@@ -99,6 +111,7 @@ pub(crate) async fn supervise(
     limits: Limits,
     mut orders: watch::Receiver<Order>,
 ) {
+    let _watch = Watch(Arc::clone(&shared));
     let (mut link, mut session) = (first, session);
     loop {
         let end = pump(&shared, &mut link, session, &limits, &mut orders).await;
@@ -135,6 +148,8 @@ async fn pump(
         if order == Order::Close {
             return End::Closed;
         }
+        #[cfg(test)]
+        assert!(order != Order::Panic, "as ordered");
         if order == Order::Stop && !stopped {
             stopped = true;
             stop(shared, link, session, limits).await;

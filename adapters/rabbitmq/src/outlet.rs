@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use hapax::{Error, ErrorKind, Result};
 use lapin::types::ShortString;
 use lapin::{Channel, Connection, ConnectionStatus};
@@ -15,14 +16,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::address::Address;
 use crate::lane::{self, Parcel, in_order};
+use crate::link::GOODBYE;
 use crate::places::{Place, Places};
 use crate::settings::Topology;
 use crate::{error, wire};
 
 /// How often a blocked connection is looked at.
 const BLOCKED_POLL: Duration = Duration::from_millis(50);
-/// How long a connection may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+/// How many places are created at once.
+const ENSURED_AT_ONCE: usize = 8;
 
 /// Publishes with confirms. Connects at first use and again after every loss.
 pub(crate) struct Outlet {
@@ -62,13 +64,12 @@ impl Outlet {
         Self { address, role, lanes, patience, link, status: Mutex::new(None), was_blocked: AtomicBool::new(false) }
     }
 
-    /// Sends all, in order; an answer for each when a queue has it, or why none has.
-    pub(crate) async fn publish(&self, parcels: &[Parcel]) -> Vec<Result<()>> {
+    /// Sends all, in order; an answer for each when a queue has it, or why none has, a second after the deadline at the latest.
+    pub(crate) async fn publish(&self, parcels: &[Parcel], deadline: Instant) -> Vec<Result<()>> {
         if parcels.is_empty() {
             return Vec::new();
         }
         let mut answers: Answers = parcels.iter().map(|_| None).collect();
-        let deadline = Instant::now() + self.patience;
         // Confirms are waited for until the deadline; what is beyond it would be a call that lapin never answers.
         let sent = timeout_at(deadline + GOODBYE, self.send(parcels, &mut answers, deadline)).await;
         let open = sent.unwrap_or_else(|_| self.silence());
@@ -78,16 +79,33 @@ impl Outlet {
         answers.into_iter().map(open).collect()
     }
 
-    /// Creates or checks a queue over this connection.
-    pub(crate) async fn ensure(&self, places: &Places, place: Place, topology: Topology) -> Result<()> {
-        let mut slot = self.link.lock().await;
-        let link = match slot.take().filter(Link::is_up) {
-            Some(link) => link,
-            None => self.connect().await?,
+    /// Creates these places side by side; an answer for each by the deadline.
+    pub(crate) async fn ensure(&self, places: &Places, which: &[Place], deadline: Instant) -> Vec<Result<()>> {
+        let none = || Err(error::no_answer("settle", "queue.declare", self.patience));
+        let mut answers: Vec<Result<()>> = which.iter().map(|_| none()).collect();
+        let ensuring = async {
+            let mut slot = self.link.lock().await;
+            let link = match slot.take().filter(Link::is_up) {
+                Some(link) => link,
+                None => self.connect().await?,
+            };
+            let each = |(at, place): (usize, Place)| {
+                let ensured = places.ensure(&link.connection, [place], Topology::Create, self.patience);
+                async move { (at, ensured.await) }
+            };
+            let mut under_way =
+                stream::iter(which.iter().copied().enumerate()).map(each).buffer_unordered(ENSURED_AT_ONCE);
+            while let Ok(Some((at, ensured))) = timeout_at(deadline, under_way.next()).await {
+                answers[at] = ensured;
+            }
+            drop(under_way);
+            *slot = Some(link);
+            Ok(())
         };
-        let ensured = places.ensure(&link.connection, [place], topology, self.patience).await;
-        *slot = Some(link);
-        ensured
+        match timeout_at(deadline, ensuring).await {
+            Ok(Err(error)) => which.iter().map(|_| Err(again(&error))).collect(),
+            Ok(Ok(())) | Err(_) => answers,
+        }
     }
 
     /// Messages that wait in these places.
@@ -210,6 +228,11 @@ impl Link {
     fn is_up(&self) -> bool {
         self.connection.status().connected()
     }
+}
+
+/// The same error for another item.
+pub(crate) fn again(error: &Error) -> Error {
+    Error::new(error.kind(), "settle").because(error.to_string())
 }
 
 /// The text of an error without the operation before it.

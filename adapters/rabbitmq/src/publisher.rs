@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use hapax::{Error, ErrorKind, Outgoing, Publisher, Result, SecretUrl};
 #[cfg(feature = "tls")]
 use lapin::tcp::OwnedTLSConfig;
+use tokio::time::Instant;
 
 use crate::address::Address;
 use crate::lane::Parcel;
@@ -35,6 +36,7 @@ use crate::wire;
 /// ```
 pub struct RabbitPublisher {
     outlet: Outlet,
+    answer_timeout: Duration,
     exchange: String,
     default_key: Option<String>,
     mandatory: bool,
@@ -70,7 +72,7 @@ impl RabbitPublisher {
     /// To one queue, where another has checked the address.
     pub(crate) fn to_queue(queue: &str, address: Arc<Address>, answer_timeout: Duration) -> Self {
         let outlet = Outlet::new(address, format!("publisher {queue}"), Lanes::One, answer_timeout);
-        Self { outlet, exchange: String::new(), default_key: Some(queue.to_owned()), mandatory: true }
+        Self { outlet, answer_timeout, exchange: String::new(), default_key: Some(queue.to_owned()), mandatory: true }
     }
 
     /// Says goodbye to the server; publishing again connects again.
@@ -129,6 +131,7 @@ impl RabbitPublisherBuilder {
         let outlet = Outlet::new(Arc::new(address), "publisher".to_owned(), Lanes::One, self.answer_timeout);
         Ok(RabbitPublisher {
             outlet,
+            answer_timeout: self.answer_timeout,
             exchange: self.exchange,
             default_key: self.default_key,
             mandatory: self.mandatory,
@@ -151,7 +154,7 @@ impl Publisher for RabbitPublisher {
     async fn publish(&self, batch: Vec<Outgoing>) -> Vec<Result<()>> {
         let parcels: Vec<Result<Parcel>> = batch.iter().map(|outgoing| self.parcel(outgoing)).collect();
         let good: Vec<Parcel> = parcels.iter().filter_map(|parcel| parcel.as_ref().ok().cloned()).collect();
-        let mut sent = self.outlet.publish(&good).await.into_iter();
+        let mut sent = self.outlet.publish(&good, Instant::now() + self.answer_timeout).await.into_iter();
         let none = || Err(Error::new(ErrorKind::Internal, "publish").because("no answer"));
         parcels.into_iter().map(|parcel| parcel.and_then(|_| sent.next().unwrap_or_else(none))).collect()
     }

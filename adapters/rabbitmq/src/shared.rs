@@ -6,6 +6,7 @@ use bytes::Bytes;
 use hapax::{Delivery, Error, ErrorKind, Limits, Origin, Receipt, Result, Session, SessionState, Want};
 use lapin::Channel;
 use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout_at};
 
 use crate::address::Address;
 use crate::frames;
@@ -19,6 +20,8 @@ pub(crate) enum Order {
     Run,
     Stop,
     Close,
+    #[cfg(test)]
+    Panic,
 }
 
 pub(crate) struct Shared {
@@ -48,6 +51,8 @@ enum Phase {
     #[default]
     Closed,
     Open,
+    /// The supervisor panicked.
+    Broken,
     /// No new deliveries.
     Stopping,
     /// And what nobody has seen was given back.
@@ -66,6 +71,7 @@ pub(crate) enum Take {
     Some(Vec<Delivery>),
     Stopped,
     NotOpen,
+    Broken,
     Nothing,
     /// Nothing, and no link either: why.
     OutOfReach(String),
@@ -92,10 +98,26 @@ impl Shared {
 
     pub(crate) fn stopping(&self) {
         let mut state = self.lock();
-        if state.phase == Phase::Open {
-            state.phase = Phase::Stopping;
-        }
+        state.phase = match state.phase {
+            Phase::Open => Phase::Stopping,
+            // Nobody is left who would do more.
+            Phase::Broken => Phase::Stopped,
+            phase => phase,
+        };
         drop(state);
+        self.arrivals.notify_waiters();
+    }
+
+    /// The supervisor panicked: there will be no session until the broker is opened again.
+    pub(crate) fn broke(&self) {
+        let mut state = self.lock();
+        state.phase = match state.phase {
+            Phase::Open => Phase::Broken,
+            Phase::Stopping => Phase::Stopped,
+            phase => phase,
+        };
+        drop(state);
+        tracing::error!(queue = self.settings.places.work, "RabbitMQ: the supervisor panicked; nothing is consumed");
         self.arrivals.notify_waiters();
     }
 
@@ -183,6 +205,7 @@ impl Shared {
         let mut state = self.lock();
         match state.phase {
             Phase::Closed => return Take::NotOpen,
+            Phase::Broken => return Take::Broken,
             Phase::Stopping | Phase::Stopped => return Take::Stopped,
             Phase::Open => {}
         }
@@ -220,12 +243,15 @@ impl Shared {
         if receipt.partition == 0 { current.table.find(receipt.position).cloned() } else { None }
     }
 
-    /// Ends deliveries of a session at the server; an answer for each.
-    pub(crate) async fn finish(&self, session: u32, endings: &[(u64, Ending)]) -> Vec<Result<()>> {
+    /// Ends deliveries of a session at the server; an answer for each by the deadline.
+    pub(crate) async fn finish(&self, session: u32, endings: &[(u64, Ending)], deadline: Instant) -> Vec<Result<()>> {
         if endings.is_empty() {
             return Vec::new();
         }
-        let turn = self.turn.lock().await;
+        let patience = self.settings.answer_timeout;
+        let Ok(turn) = timeout_at(deadline, self.turn.lock()).await else {
+            return endings.iter().map(|_| frames::Sent::Unknown(patience).answer()).collect();
+        };
         let (channel, sent) = {
             let mut state = self.lock();
             let Some(current) = state.current.as_mut().filter(|current| current.id == session) else {
@@ -234,7 +260,7 @@ impl Shared {
             (current.table.channel.clone(), current.table.end(endings))
         };
         // No await between forgetting the tags and the first poll of their frames, which queues them.
-        let answers = frames::send(&channel, &sent, self.settings.answer_timeout).await;
+        let answers = frames::send(&channel, &sent, deadline, patience).await;
         drop(turn);
         endings.iter().map(|(tag, _)| answers.get(tag).map_or_else(|| Err(stale()), frames::Sent::answer)).collect()
     }
@@ -248,7 +274,8 @@ impl Shared {
         };
         let endings: Vec<_> = tags.into_iter().map(|tag| (tag, Ending::GiveBack)).collect();
         // What fails here comes back when the channel closes.
-        let _ = self.finish(session, &endings).await;
+        let deadline = Instant::now() + self.settings.answer_timeout;
+        let _ = self.finish(session, &endings, deadline).await;
     }
 }
 
@@ -259,6 +286,8 @@ impl Take {
             Self::Some(deliveries) => Ok(Ok(deliveries)),
             Self::Stopped => Ok(Ok(Vec::new())),
             Self::NotOpen => Ok(Err(Error::new(ErrorKind::Configuration, "receive").because("`open` comes first"))),
+            Self::Broken => Ok(Err(Error::new(ErrorKind::Internal, "receive")
+                .because("the task that consumes from RabbitMQ panicked (see the log); open the broker again"))),
             Self::Nothing => Err(None),
             Self::OutOfReach(why) => Err(Some(why)),
         }

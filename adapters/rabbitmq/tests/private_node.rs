@@ -130,6 +130,59 @@ async fn a_place_that_never_confirms_spares_its_neighbours() {
     broker.close().await.expect("it closes");
 }
 
+/// What goes to places that are silent waits by itself, for a bounded time, and is settled once they answer again.
+#[tokio::test]
+async fn silent_places_hold_up_nobody_else() {
+    let (node, _turn) = (Node::get(), TURN.lock().await);
+    let rabbit = node.queue();
+    let patience = Duration::from_secs(2);
+    let broker = rabbit.builder().answer_timeout(patience).build().expect("the settings hold");
+    broker.open(limits(64)).await.expect("the broker opens");
+    rabbit.publish(0..12).await;
+    let held = receive(&broker, 12).await;
+    let process = |verb: &str, queue: &str| format!("sys:{verb}(list_to_atom(\"%2F_{queue}\")).");
+    let silent = [rabbit.dead(), rabbit.wait("1500ms"), rabbit.wait("3s")];
+    for queue in &silent {
+        node.rabbitmqctl(&["eval", &process("suspend", queue)]);
+    }
+    let batch = [
+        (held[0].receipt, letter()),
+        (held[1].receipt, Settlement::Retry { after: Duration::from_millis(1_500) }),
+        (held[2].receipt, Settlement::Retry { after: Duration::from_secs(3) }),
+    ];
+    for _ in 0..2 {
+        let asked = Instant::now();
+        let silent = async {
+            let answers = soon("settle", broker.settle(&batch)).await;
+            assert!(answers.iter().all(|it| it.as_ref().is_err_and(hapax::Error::is_retryable)), "{answers:?}");
+            // Declared one after another, and each waited for, they would take many times that.
+            assert!(asked.elapsed() < patience + Duration::from_millis(2_500), "{:?}", asked.elapsed());
+        };
+        silent.await;
+    }
+    let asked = Instant::now();
+    let again = async {
+        let _ = soon("settle", broker.settle(&batch)).await;
+    };
+    let sound = async {
+        for (at, delivery) in held[3..].iter().enumerate() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let retry = Settlement::Retry { after: Duration::from_millis(500) };
+            let settlement = if at % 2 == 0 { retry } else { Settlement::Ack };
+            settle(&broker, delivery.receipt, settlement).await.expect("it waits for nobody");
+        }
+        assert!(asked.elapsed() < patience, "{:?}", asked.elapsed());
+    };
+    tokio::join!(again, sound);
+    for queue in &silent {
+        node.rabbitmqctl(&["eval", &process("resume", queue)]);
+    }
+    for (receipt, settlement) in batch {
+        settle(&broker, receipt, settlement).await.expect("it is placed");
+    }
+    broker.close().await.expect("it closes");
+}
+
 /// Bug 47 (ruby-amqp/bunny#681): the server closed the channel over an unsettled delivery, and nobody noticed.
 #[tokio::test]
 async fn consumer_timeout_is_surfaced() {

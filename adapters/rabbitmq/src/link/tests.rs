@@ -89,3 +89,43 @@ async fn a_delivery_that_died_before_it_was_handed_out_is_not_handed_out() {
     publisher.close().await;
     deleted(&broker, &[&queue, &format!("{queue}.billing.dead"), &format!("{queue}.billing.retry.1s")]).await;
 }
+
+/// A session that looks alive and has nobody behind it would hold its deliveries for ever.
+#[tokio::test]
+async fn a_supervisor_that_panics_ends_its_session_and_is_told() {
+    let queue = format!("hapax-test-{:016x}", fastrand::u64(..));
+    let broker = opened(&queue).await;
+    let publisher = broker.publisher();
+    publisher.publish(vec![Outgoing::new(hapax::Message::event("/s", "1", "t"))]).await.remove(0).unwrap();
+    let old = one(&broker).await;
+    let waiting = tokio::spawn({
+        let broker = Arc::clone(&broker);
+        async move { broker.receive(WANT).await }
+    });
+    tokio::task::yield_now().await;
+    broker.order(Order::Panic);
+    timeout(SOON, old.session.not_live()).await.expect("the session ends");
+    let error = timeout(SOON, waiting).await.expect("it is woken").unwrap().expect_err("nobody consumes");
+    assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::Internal, false));
+    assert!(error.to_string().contains("panicked"), "{error}");
+    let answer = broker.settle(&[(old.receipt, Settlement::Ack)]).await.remove(0);
+    assert_eq!(answer.map_err(|error| error.kind()), Err(ErrorKind::Stale));
+    timeout(Duration::from_secs(1), broker.stop()).await.expect("in time").unwrap();
+    assert!(broker.receive(WANT).await.expect("stop is no error").is_empty());
+    timeout(SOON, broker.close()).await.expect("in time").unwrap();
+    let (second, message) = (Duration::from_secs(1), MessageLimits::DEFAULT);
+    broker.open(Limits { events: 64, bytes: 1 << 20, held_max: second, drain: second, message }).await.unwrap();
+    let again = one(&broker).await;
+    assert_eq!(again.message, old.message);
+    broker.settle(&[(again.receipt, Settlement::Ack)]).await.remove(0).unwrap();
+    broker.close().await.unwrap();
+    publisher.close().await;
+    deleted(&broker, &[&queue, &format!("{queue}.billing.dead"), &format!("{queue}.billing.retry.1s")]).await;
+}
+
+/// Else the runtime drops the call and never hears what the adapter knows: which place is silent.
+#[test]
+fn by_default_the_adapter_answers_before_its_caller_gives_up() {
+    let longest = crate::RabbitBrokerBuilder::ANSWER_TIMEOUT + GOODBYE * 2;
+    assert!(longest + GOODBYE < hapax::Settings::CALL_TIMEOUT, "{longest:?}");
+}
