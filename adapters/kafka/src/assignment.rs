@@ -5,39 +5,48 @@
 //! one settles late finds nothing to settle, and no offset of it can be committed.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::time::Duration;
 
-use hapax::{Delivery, Message, Origin, Receipt, Session, SessionState};
+use hapax::{Receipt, Session, SessionState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::fetched::{Entry, Fetched, Given};
 use crate::tracker::Tracker;
-use crate::wire::{Home, Raw};
 
 /// Most offsets of a partition between the first that is not done and the last fetched; beyond it fetching pauses.
 pub(crate) const SPAN_MAX: usize = 16_384;
 
-/// A fetched record that is not done.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) raw: Raw,
-    pub(crate) message: Arc<Message>,
-    pub(crate) origin: Arc<Origin>,
-    pub(crate) home: Home,
-    pub(crate) offset: i64,
-    /// As the runtime counts.
-    pub(crate) bytes: usize,
-    /// Not before this; of records in retry topics.
-    pub(crate) due: Option<Instant>,
-}
-
 /// A delivery in the runtime's hands.
 #[derive(Debug)]
 struct Held {
-    entry: Arc<Entry>,
+    entry: Entry,
     /// A retry or a dead letter of it is on its way.
     placing: bool,
+}
+
+/// The deliveries in the runtime's hands, by the position of their receipts: numbers that count up, and nobody else's.
+type Hands = HashMap<u64, Held, BuildHasherDefault<ByPosition>>;
+
+#[derive(Debug, Default)]
+struct ByPosition(u64);
+
+impl Hasher for ByPosition {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(self.0 ^ u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, position: u64) {
+        // An odd factor keeps consecutive numbers apart in the lower bits, which say the place, and varies the upper ones.
+        self.0 = position.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 /// What is buffered of a partition before fetching pauses.
@@ -55,9 +64,11 @@ pub(crate) struct Assignment {
     state: watch::Sender<SessionState>,
     pub(crate) tracker: Tracker,
     /// Fetched and not handed out, by offset.
-    queue: VecDeque<Arc<Entry>>,
+    queue: VecDeque<Entry>,
     queue_bytes: usize,
-    held: HashMap<u64, Held>,
+    /// How many of them have a time of their own.
+    waiting: usize,
+    held: Hands,
     handed_out: u64,
     ahead: Ahead,
     /// What the client was told; `None` before it was told anything.
@@ -77,7 +88,8 @@ impl Assignment {
             tracker: Tracker::default(),
             queue: VecDeque::new(),
             queue_bytes: 0,
-            held: HashMap::new(),
+            waiting: 0,
+            held: Hands::default(),
             handed_out: 0,
             ahead,
             paused: None,
@@ -94,62 +106,65 @@ impl Assignment {
         if !self.is_live() || !self.tracker.fetched(entry.offset) {
             return false;
         }
-        self.enqueue(Arc::new(entry));
+        self.enqueue(entry);
         true
     }
 
-    fn enqueue(&mut self, entry: Arc<Entry>) {
+    fn enqueue(&mut self, entry: Entry) {
         self.queue_bytes += entry.raw.bytes();
+        self.waiting += usize::from(entry.retry.is_some());
+        if self.queue.back().is_none_or(|last| last.offset < entry.offset) {
+            self.queue.push_back(entry);
+            return;
+        }
         let at = self.queue.partition_point(|other| other.offset < entry.offset);
         self.queue.insert(at, entry);
     }
 
     /// The bytes of the next record that may be handed out now.
     pub(crate) fn next_bytes(&self, now: Instant) -> Option<usize> {
-        self.next(now).map(|at| self.queue[at].bytes)
+        self.next(now).map(|at| self.queue[at].raw.bytes())
     }
 
     fn next(&self, now: Instant) -> Option<usize> {
         // In a retry topic one that is due may stand behind one that is not.
-        self.queue.iter().position(|entry| entry.due.is_none_or(|due| due <= now))
+        self.queue.iter().position(|entry| entry.due().is_none_or(|due| due <= now))
     }
 
     /// When the next record is due, where all of them wait.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.queue.iter().filter_map(|entry| entry.due).min()
+        if self.waiting == 0 {
+            return None;
+        }
+        self.queue.iter().filter_map(Entry::due).min()
     }
 
     /// Hands out the next record.
-    pub(crate) fn hand_out(&mut self, now: Instant) -> Option<Delivery> {
+    pub(crate) fn hand_out(&mut self, now: Instant) -> Option<Given> {
         let at = self.next(now)?;
         let entry = self.queue.remove(at)?;
         self.queue_bytes -= entry.raw.bytes();
+        self.waiting -= usize::from(entry.retry.is_some());
         self.handed_out += 1;
         let receipt = Receipt {
             session: self.session.id(),
             partition: u32::try_from(self.partition).unwrap_or(0),
             position: self.handed_out,
         };
-        let delivery = Delivery {
-            receipt,
-            session: self.session.clone(),
-            message: Arc::clone(&entry.message),
-            count: None,
-            origin: Some(Arc::clone(&entry.origin)),
-        };
-        self.held.insert(self.handed_out, Held { entry, placing: false });
-        Some(delivery)
+        self.held.insert(self.handed_out, Held { entry: entry.clone(), placing: false });
+        let fetched = Fetched { place: self.place, partition: self.partition, entry };
+        Some(Given { receipt, session: self.session.clone(), fetched })
     }
 
-    /// Ends a delivery as done.
-    pub(crate) fn done(&mut self, position: u64) -> Option<Arc<Entry>> {
+    /// Ends a delivery as done; answers its bytes.
+    pub(crate) fn done(&mut self, position: u64) -> Option<usize> {
         let entry = self.held.remove(&position)?.entry;
         self.tracker.done(entry.offset);
-        Some(entry)
+        Some(entry.raw.bytes())
     }
 
     /// Ends a delivery that nobody else is about to end, as done.
-    pub(crate) fn ack(&mut self, position: u64) -> Option<Arc<Entry>> {
+    pub(crate) fn ack(&mut self, position: u64) -> Option<usize> {
         if self.held.get(&position)?.placing {
             return None;
         }
@@ -157,22 +172,23 @@ impl Assignment {
     }
 
     /// Takes a delivery back: it is handed out again here, or where the partition goes.
-    pub(crate) fn release(&mut self, position: u64) -> Option<Arc<Entry>> {
+    pub(crate) fn release(&mut self, position: u64) -> Option<usize> {
         if self.held.get(&position)?.placing {
             return None;
         }
         let entry = self.held.remove(&position)?.entry;
+        let bytes = entry.raw.bytes();
         if self.is_live() {
-            self.enqueue(Arc::clone(&entry));
+            self.enqueue(entry);
         }
-        Some(entry)
+        Some(bytes)
     }
 
     /// Begins to place a copy of a delivery elsewhere. Nobody else ends it until that is over.
-    pub(crate) fn begin_placing(&mut self, position: u64) -> Option<Arc<Entry>> {
+    pub(crate) fn begin_placing(&mut self, position: u64) -> Option<Fetched> {
         let held = self.held.get_mut(&position).filter(|held| !held.placing)?;
         held.placing = true;
-        Some(Arc::clone(&held.entry))
+        Some(Fetched { place: self.place, partition: self.partition, entry: held.entry.clone() })
     }
 
     /// It could not be placed: the delivery can be settled again.
@@ -189,7 +205,7 @@ impl Assignment {
 
     /// How many deliveries are in the runtime's hands, and their bytes.
     pub(crate) fn in_hand(&self) -> (usize, usize) {
-        (self.held.len(), self.held.values().map(|held| held.entry.bytes).sum())
+        (self.held.len(), self.held.values().map(|held| held.entry.raw.bytes()).sum())
     }
 
     /// Whether fetching is to pause; with a margin, so that it does not flutter.
@@ -223,6 +239,7 @@ impl Assignment {
     pub(crate) fn drain(&mut self) {
         self.queue.clear();
         self.queue_bytes = 0;
+        self.waiting = 0;
         self.state.send_replace(SessionState::Draining);
     }
 

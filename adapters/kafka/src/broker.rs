@@ -8,12 +8,13 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use hapax::{
-    Broker, BrokerOrder, Capabilities, DeadLetter, Delivery, Durability, Error, ErrorKind, Limits, Receipt, Result,
-    SecretUrl, Settlement, Want,
+    Broker, BrokerOrder, Capabilities, Delivery, Durability, Error, ErrorKind, Limits, Receipt, Result, SecretUrl,
+    Settlement, Want,
 };
 use tokio::time::timeout;
 
-use crate::assignment::{Assignment, Entry};
+use crate::assignment::Assignment;
+use crate::fetched::{Fetched, deliveries};
 use crate::poller::{self, Task};
 use crate::producer::{Producer, Sending};
 use crate::settings::{KafkaBrokerBuilder, Settings};
@@ -169,7 +170,10 @@ impl Broker for KafkaBroker {
             // is returned without another await, so a dropped future has taken nothing.
             let arrived = shared.arrivals.notified();
             match shared.take(want) {
-                Take::Some(deliveries) => return Ok(deliveries),
+                Take::Some(given) => {
+                    let limits = shared.lock().limits.message;
+                    return Ok(deliveries(given, &shared.places, &limits));
+                }
                 Take::Stopped => return Ok(Vec::new()),
                 Take::Trouble(trouble) => return Err(trouble),
                 Take::Nothing(None) => arrived.await,
@@ -196,11 +200,11 @@ impl Broker for KafkaBroker {
                     Settlement::Release { .. } => Some(settled(state.settle(*receipt, Assignment::release))),
                     Settlement::Retry { .. } | Settlement::DeadLetter(_) => {
                         let position = receipt.position;
-                        let entry = state.of(*receipt).and_then(|assignment| assignment.begin_placing(position));
-                        match entry {
-                            Some(entry) => {
+                        let found = state.of(*receipt).and_then(|assignment| assignment.begin_placing(position));
+                        match found {
+                            Some(fetched) => {
                                 let placing = Placing { shared: &run.shared, receipt: *receipt, placed: false };
-                                copies.push((answers.len(), placing, entry, settlement));
+                                copies.push((answers.len(), placing, fetched, settlement));
                                 None
                             }
                             None => Some(Err(stale())),
@@ -212,7 +216,7 @@ impl Broker for KafkaBroker {
         // Room, or something to hand out again.
         run.shared.arrivals.notify_waiters();
         if !copies.is_empty() {
-            let records = copies.iter().map(|(_, _, entry, settlement)| self.copy(&run, entry, settlement)).collect();
+            let records = copies.iter().map(|(_, _, fetched, settlement)| copy(&run, fetched, settlement)).collect();
             // Each is done as soon as it is confirmed: whoever gives up waiting for one loses no answer about another.
             let answered = |at: usize, placed: Result<()>| {
                 let (slot, placing, ..) = &mut copies[at];
@@ -264,28 +268,23 @@ impl Broker for KafkaBroker {
     }
 }
 
-impl KafkaBroker {
-    /// The record that a retry or dead letter is.
-    fn copy(&self, run: &Run, entry: &Entry, settlement: &Settlement) -> Result<Sending> {
-        let places = &run.shared.places;
-        let main = places.find(&entry.home.topic).map_or(0, |place| places.main(place));
-        let (topic, headers) = match settlement {
-            Settlement::DeadLetter(letter) => (&places.dead[main], dead_headers(entry, letter)),
-            Settlement::Retry { after } => {
-                let (place, step) = places.retry(main, *after).ok_or_else(no_steps)?;
-                let due = SystemTime::now() + (*after).min(step);
-                (&place.name, entry.raw.retried(&entry.home, due))
-            }
-            Settlement::Ack | Settlement::Release { .. } => {
-                return Err(Error::new(ErrorKind::Internal, "settle").because("an ack is no copy"));
-            }
-        };
-        Ok(Sending { topic: Arc::clone(topic), key: entry.raw.key(), value: entry.raw.value(), headers })
-    }
-}
-
-fn dead_headers(entry: &Entry, letter: &DeadLetter) -> rdkafka::message::OwnedHeaders {
-    entry.raw.dead(letter)
+/// The record that a retry or dead letter is.
+fn copy(run: &Run, fetched: &Fetched, settlement: &Settlement) -> Result<Sending> {
+    let places = &run.shared.places;
+    let main = places.main(fetched.place);
+    let raw = &fetched.entry.raw;
+    let (topic, headers) = match settlement {
+        Settlement::DeadLetter(letter) => (&places.dead[main], raw.dead(letter)),
+        Settlement::Retry { after } => {
+            let (place, step) = places.retry(main, *after).ok_or_else(no_steps)?;
+            let due = SystemTime::now() + (*after).min(step);
+            (&place.name, raw.retried(&fetched.home(places), due))
+        }
+        Settlement::Ack | Settlement::Release { .. } => {
+            return Err(Error::new(ErrorKind::Internal, "settle").because("an ack is no copy"));
+        }
+    };
+    Ok(Sending { topic: Arc::clone(topic), key: raw.key(), value: raw.value(), headers })
 }
 
 fn no_steps() -> Error {

@@ -42,6 +42,7 @@ mod broker;
 mod client;
 mod committer;
 mod error;
+mod fetched;
 mod member;
 mod places;
 mod poller;

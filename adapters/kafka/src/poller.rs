@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use backon::{BackoffBuilder, ExponentialBackoff};
-use hapax::{Error, ErrorKind, Origin, redact};
+use hapax::{Error, ErrorKind, redact};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
@@ -16,13 +16,14 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::topic_partition_list::TopicPartitionList;
 use tokio::time::Instant;
 
-use crate::assignment::{Assignment, Entry};
+use crate::assignment::Assignment;
 use crate::committer::{self, Committer, Offsets};
 use crate::error::{error, is_fenced};
+use crate::fetched::{Entry, Fetched, Retry};
 use crate::member::{Member, unassign};
 use crate::places::Kind;
 use crate::state::{Shared, drain_max};
-use crate::wire::{Home, Raw};
+use crate::wire::Blocks;
 
 /// Longest that one poll waits.
 const POLL: Duration = Duration::from_millis(50);
@@ -105,6 +106,7 @@ struct Poller<'a> {
     consumer: Arc<BaseConsumer<Member>>,
     revoking: Option<Revoking>,
     commit_at: Instant,
+    blocks: Blocks,
     /// The group refused the last commit because this member is no longer in it.
     fenced: bool,
 }
@@ -120,7 +122,8 @@ impl<'a> Poller<'a> {
         let committer = Committer::start(Arc::clone(&consumer)).map_err(|refused| {
             Error::new(ErrorKind::Unavailable, "receive").because("no thread can be started").with_source(refused)
         })?;
-        Ok(Self { shared, task, committer, consumer, revoking: None, commit_at: Instant::now(), fenced: false })
+        let (commit_at, blocks) = (Instant::now(), Blocks::default());
+        Ok(Self { shared, task, committer, consumer, revoking: None, commit_at, blocks, fenced: false })
     }
 
     /// Until the run is closed, or what ended this member for good.
@@ -144,17 +147,17 @@ impl<'a> Poller<'a> {
 
     /// Takes what there is, up to a batch.
     fn poll(&mut self, patience: Duration) -> Option<Error> {
-        let limits = self.shared.lock().limits.message;
-        let (mut entries, mut bytes) = (Vec::new(), 0);
+        let consumer = Arc::clone(&self.consumer);
+        let (mut records, mut bytes) = (Vec::new(), 0);
         let mut patience = patience.min(self.task.commit_interval);
         let mut fatal = None;
-        while entries.len() < BATCH_EVENTS && bytes < BATCH_BYTES {
-            match self.consumer.poll(patience) {
+        while records.len() < BATCH_EVENTS && bytes < BATCH_BYTES {
+            match consumer.poll(patience) {
                 None => break,
                 Some(Ok(record)) => {
-                    if let Some((place, entry)) = self.read(&record, &limits) {
-                        bytes += entry.raw.bytes();
-                        entries.push((place, record.partition(), entry));
+                    if let Some(fetched) = self.read(&record) {
+                        bytes += fetched.entry.raw.bytes();
+                        records.push(fetched);
                     }
                 }
                 Some(Err(KafkaError::MessageConsumptionFatal(code))) => {
@@ -170,8 +173,8 @@ impl<'a> Poller<'a> {
             }
             patience = Duration::ZERO;
         }
-        if !entries.is_empty() {
-            self.shared.arrive(entries);
+        if !records.is_empty() {
+            self.shared.arrive(records);
         }
         self.hear_committer();
         fatal
@@ -183,32 +186,21 @@ impl<'a> Poller<'a> {
         }
     }
 
-    fn read(&self, record: &BorrowedMessage<'_>, limits: &hapax::MessageLimits) -> Option<(usize, Entry)> {
+    fn read(&mut self, record: &BorrowedMessage<'_>) -> Option<Fetched> {
         let places = &self.shared.places;
         let place = places.find(record.topic())?;
-        let raw = Raw::copied(record);
-        let stands = Home {
-            topic: Arc::clone(&places.subscribed[place].name),
-            partition: record.partition(),
-            offset: record.offset(),
-            hops: 0,
-        };
-        let (home, due) = match places.subscribed[place].kind {
-            Kind::Main => (stands, None),
+        let raw = self.blocks.copy(record);
+        let retry = match places.subscribed[place].kind {
+            Kind::Main => None,
             Kind::Retry { main, step } => {
                 let main = &places.subscribed[main].name;
                 let wait = raw.wait(record.timestamp().to_millis(), SystemTime::now(), step);
-                (raw.home(|topic| *topic == **main).unwrap_or(stands), Some(Instant::now() + wait))
+                let home = raw.home(|topic| *topic == **main);
+                Some(Box::new(Retry { home, due: Instant::now() + wait }))
             }
         };
-        let message = raw.message(limits);
-        let origin = Origin {
-            place: format!("{}/{}", home.topic, home.partition).into(),
-            position: home.offset.to_string().into(),
-        };
-        let bytes = message.bytes();
-        let (message, origin) = (Arc::new(message), Arc::new(origin));
-        Some((place, Entry { raw, message, origin, home, offset: record.offset(), bytes, due }))
+        let entry = Entry { raw, offset: record.offset(), retry };
+        Some(Fetched { place, partition: record.partition(), entry })
     }
 
     /// An error that came out of polling. Most pass by themselves; some are to be told; one that is given back ends this

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hapax::{Delivery, Error, ErrorKind, Limits, Receipt, Result, Want};
+use hapax::{Error, ErrorKind, Limits, Receipt, Result, Want};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::assignment::{Ahead, Assignment, Entry};
+use crate::assignment::{Ahead, Assignment};
+use crate::fetched::{Fetched, Given};
 use crate::places::{Kind, Places};
 
 /// Most records buffered ahead of `receive` in a partition.
@@ -77,7 +78,7 @@ pub(crate) struct End {
 
 /// What `receive` found.
 pub(crate) enum Take {
-    Some(Vec<Delivery>),
+    Some(Vec<Given>),
     Stopped,
     Trouble(Error),
     /// Nothing, and when to look again.
@@ -162,11 +163,17 @@ impl Shared {
     }
 
     /// Takes what was fetched; what belongs to no assignment is ignored.
-    pub(crate) fn arrive(&self, entries: impl IntoIterator<Item = (usize, i32, Entry)>) {
+    pub(crate) fn arrive(&self, records: impl IntoIterator<Item = Fetched>) {
         let mut state = self.lock();
+        let State { by_place, assigned, .. } = &mut *state;
         let mut arrived = false;
-        for (place, partition, entry) in entries {
-            if let Some(assignment) = state.at(place, partition) {
+        let mut run: Option<((usize, i32), Option<u32>)> = None;
+        for Fetched { place, partition, entry } in records {
+            let spot = (place, partition);
+            // Records come in runs of one partition.
+            let (_, session) = run.filter(|run| run.0 == spot).unwrap_or_else(|| (spot, by_place.get(&spot).copied()));
+            run = Some((spot, session));
+            if let Some(assignment) = session.and_then(|session| assigned.get_mut(&session)) {
                 arrived |= assignment.arrive(entry);
             }
         }
@@ -249,11 +256,11 @@ impl State {
     pub(crate) fn settle(
         &mut self,
         receipt: Receipt,
-        how: impl FnOnce(&mut Assignment, u64) -> Option<Arc<Entry>>,
+        how: impl FnOnce(&mut Assignment, u64) -> Option<usize>,
     ) -> Option<()> {
-        let entry = how(self.of(receipt)?, receipt.position)?;
+        let bytes = how(self.of(receipt)?, receipt.position)?;
         self.held_events = self.held_events.saturating_sub(1);
-        self.held_bytes = self.held_bytes.saturating_sub(entry.bytes);
+        self.held_bytes = self.held_bytes.saturating_sub(bytes);
         Some(())
     }
 
@@ -292,8 +299,8 @@ impl State {
                     full = true;
                     break;
                 }
-                let Some(delivery) = assignment.hand_out(now) else { break };
-                taken.push(delivery);
+                let Some(given) = assignment.hand_out(now) else { break };
+                taken.push(given);
                 taken_bytes += bytes;
                 self.held_events += 1;
                 self.held_bytes += bytes;
@@ -344,10 +351,11 @@ pub(crate) fn drain_max(limits: &Limits, poll_interval_max: Duration) -> Duratio
 
 #[cfg(test)]
 mod tests {
-    use hapax::{Message, MessageLimits, Origin};
+    use hapax::{Delivery, MessageLimits};
 
     use super::*;
-    use crate::wire::{Home, Raw};
+    use crate::fetched::{Entry, Retry, deliveries};
+    use crate::wire::Raw;
 
     fn shared() -> Shared {
         let places = Places::new(&["orders".into()], "billing", &[Duration::from_secs(15)]).expect("good names");
@@ -361,18 +369,15 @@ mod tests {
         Shared::new(Arc::new(places), limits, Arc::default())
     }
 
-    fn entry(offset: i64, due: Option<Instant>) -> Entry {
-        let message = Message::default().with_data("text/plain", vec![b'x'; 10]);
-        let home = Home { topic: "orders".into(), partition: 0, offset, hops: 0 };
-        let origin = Origin { place: "orders/0".into(), position: offset.to_string().into() };
-        let bytes = message.bytes();
+    fn record(place: usize, partition: i32, offset: i64, due: Option<Instant>) -> Fetched {
         let raw = Raw::of(None, Some(b"xxxxxxxxxx"), &[]);
-        Entry { raw, message: Arc::new(message), origin: Arc::new(origin), home, offset, bytes, due }
+        let retry = due.map(|due| Box::new(Retry { home: None, due }));
+        Fetched { place, partition, entry: Entry { raw, offset, retry } }
     }
 
     fn take(shared: &Shared, events: usize) -> Vec<Delivery> {
         match shared.take(Want { events, bytes: 1 << 20 }) {
-            Take::Some(deliveries) => deliveries,
+            Take::Some(given) => deliveries(given, &shared.places, &MessageLimits::DEFAULT),
             _ => Vec::new(),
         }
     }
@@ -392,10 +397,10 @@ mod tests {
     fn record_of_unassigned_partition_ignored() {
         let shared = shared();
         shared.assign(0, 0);
-        shared.arrive([(0, 1, entry(7, None)), (0, 0, entry(3, None))]);
+        shared.arrive([record(0, 1, 7, None), record(0, 0, 3, None)]);
         assert_eq!(offsets(&take(&shared, 10)), [3]);
         shared.assign(0, 1);
-        shared.arrive([(0, 1, entry(5, None))]);
+        shared.arrive([record(0, 1, 5, None)]);
         let five = take(&shared, 10);
         assert_eq!(offsets(&five), [5], "what came before the assignment is not part of it");
         assert!(shared.lock().settle(five[0].receipt, Assignment::ack).is_some());
@@ -407,12 +412,12 @@ mod tests {
     fn stale_offset_never_committed() {
         let shared = shared();
         shared.assign(0, 0);
-        shared.arrive((10..13).map(|offset| (0, 0, entry(offset, None))));
+        shared.arrive((10..13).map(|offset| record(0, 0, offset, None)));
         let old = take(&shared, 10);
         let session = old[0].session.id();
         shared.lock().end(session);
         shared.assign(0, 0);
-        shared.arrive((10..13).map(|offset| (0, 0, entry(offset, None))));
+        shared.arrive((10..13).map(|offset| record(0, 0, offset, None)));
         for delivery in &old {
             assert!(shared.lock().settle(delivery.receipt, Assignment::ack).is_none(), "stale");
         }
@@ -427,7 +432,7 @@ mod tests {
         shared.assign(1, 0);
         let now = Instant::now();
         let later = now + Duration::from_secs(60);
-        shared.arrive([(1, 0, entry(0, Some(later))), (1, 0, entry(1, Some(now)))]);
+        shared.arrive([record(1, 0, 0, Some(later)), record(1, 0, 1, Some(now))]);
         let due = take(&shared, 10);
         assert_eq!(offsets(&due), [1]);
         assert!(shared.lock().settle(due[0].receipt, Assignment::ack).is_some());
@@ -443,7 +448,7 @@ mod tests {
         let shared = shared();
         for partition in 0..3 {
             shared.assign(0, partition);
-            shared.arrive((0..50).map(|offset| (0, partition, entry(offset, None))));
+            shared.arrive((0..50).map(|offset| record(0, partition, offset, None)));
         }
         let mut seen: Vec<u32> =
             (0..3).flat_map(|_| take(&shared, 2)).map(|delivery| delivery.receipt.partition).collect();
@@ -463,9 +468,9 @@ mod tests {
             assignment.paused = Some(pauses);
             pauses
         };
-        shared.arrive((0..99).map(|offset| (0, 0, entry(offset, None))));
+        shared.arrive((0..99).map(|offset| record(0, 0, offset, None)));
         assert!(!pauses());
-        shared.arrive([(0, 0, entry(99, None))]);
+        shared.arrive([record(0, 0, 99, None)]);
         assert!(pauses(), "100 may be unsettled, 100 are buffered");
         let taken = take(&shared, 40);
         assert!(pauses(), "not at once again");
@@ -485,14 +490,14 @@ mod tests {
             (pauses, assignment.holds(pauses, at, moment))
         };
         assert_eq!(holds(begun), (false, false));
-        shared.arrive((0..100).map(|offset| (0, 0, entry(offset, None))));
+        shared.arrive((0..100).map(|offset| record(0, 0, offset, None)));
         assert_eq!(holds(begun), (true, true));
         take(&shared, 40);
         assert_eq!(holds(begun + moment / 2), (true, true), "until it is half empty");
         assert_eq!(holds(begun + moment), (true, false), "nobody takes anything: it is paused");
         take(&shared, 11);
         assert_eq!(holds(begun + moment), (false, false));
-        shared.arrive((100..200).map(|offset| (0, 0, entry(offset, None))));
+        shared.arrive((100..200).map(|offset| record(0, 0, offset, None)));
         assert_eq!(holds(begun + moment), (true, true), "the moment begins anew");
     }
 
@@ -500,7 +505,7 @@ mod tests {
     fn a_delivery_that_is_being_placed_is_ended_by_nobody_else() {
         let shared = shared();
         shared.assign(0, 0);
-        shared.arrive([(0, 0, entry(0, None))]);
+        shared.arrive([record(0, 0, 0, None)]);
         let receipt = take(&shared, 1)[0].receipt;
         assert!(shared.lock().of(receipt).and_then(|one| one.begin_placing(receipt.position)).is_some());
         assert!(shared.lock().settle(receipt, Assignment::ack).is_none());

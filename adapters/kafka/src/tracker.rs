@@ -38,12 +38,23 @@ impl Tracker {
 
     /// Notes an offset as done.
     pub(crate) fn done(&mut self, offset: i64) {
-        if let Ok(at) = self.entries.binary_search_by_key(&offset, |entry| entry.0) {
+        if let Some(at) = self.find(offset) {
             self.entries[at].1 = true;
         }
         while self.entries.front().is_some_and(|entry| entry.1) {
             self.entries.pop_front();
         }
+    }
+
+    fn find(&self, offset: i64) -> Option<usize> {
+        // Offsets without holes stand where they are counted to.
+        let first = self.entries.front()?.0;
+        if let Ok(at) = usize::try_from(offset - first)
+            && self.entries.get(at).is_some_and(|entry| entry.0 == offset)
+        {
+            return Some(at);
+        }
+        self.entries.binary_search_by_key(&offset, |entry| entry.0).ok()
     }
 
     /// The offset behind the done prefix.

@@ -4,6 +4,7 @@
 //! A retry topic is written by hapax, but whoever may write there can forge its headers: they are believed only as far
 //! as the topic itself says the same (`clamped`).
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, SystemTime};
 
@@ -19,84 +20,165 @@ const RETRY_DUE: &str = "hapax-retry-due-unix-ms";
 const RETRY_HOPS: &str = "hapax-retry-hops";
 const REOPEN: &str = "hapax-reopen";
 
-/// Where in the block a part is.
-type Part = (usize, usize);
+/// Most bytes of a record that shares its block with others.
+const SHARED_MAX: usize = 2 << 10;
+/// The size of a block that records share.
+const BLOCK: usize = 16 << 10;
+/// What is expected of the headers of a record.
+const HEADERS_EXPECTED: usize = 512;
+/// In place of a length: there is no value.
+const NULL: u32 = u32::MAX;
 
-/// A record as it was fetched: one block of bytes, and where what is in it.
+/// Where records are copied to. Small ones share a block: what one thread allocates and another frees is dear, and the
+/// thread that polls would allocate for every record.
+#[derive(Debug, Default)]
+pub(crate) struct Blocks {
+    open: BytesMut,
+}
+
+/// A record as it was fetched, as one run of bytes: key, value, and the headers, each as the lengths of its name and its
+/// value, and both.
 #[derive(Clone, Debug)]
 pub(crate) struct Raw {
-    block: Bytes,
-    key: Option<Part>,
-    value: Option<Part>,
-    headers: Box<[(Box<str>, Option<Part>)]>,
+    run: Bytes,
+    key: Option<u32>,
+    value: Option<u32>,
+    headers: usize,
     /// A header's name was not UTF-8, which the client cannot hand over.
     unreadable_header: bool,
 }
 
-impl Raw {
+impl Blocks {
     /// Copies a record out of the client.
-    pub(crate) fn copied(record: &rdkafka::message::BorrowedMessage<'_>) -> Self {
-        let key = record.key();
-        let value = record.payload();
-        let mut block = BytesMut::with_capacity(key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len) + 256);
-        let mut put = |part: &[u8]| {
-            let from = block.len();
-            block.extend_from_slice(part);
-            (from, block.len())
-        };
-        let (key, value) = (key.map(&mut put), value.map(&mut put));
-        let mut headers = Vec::new();
-        let mut unreadable_header = false;
-        if let Some(found) = record.headers() {
-            headers.reserve_exact(found.count());
-            for at in 0..found.count() {
-                // rdkafka 0.39 panics on a name that is not UTF-8, and anybody may send one.
-                match catch_unwind(AssertUnwindSafe(|| found.try_get(at))) {
-                    Ok(Some(header)) => headers.push((header.key.into(), header.value.map(&mut put))),
-                    Ok(None) => {}
-                    Err(_) => unreadable_header = true,
-                }
+    pub(crate) fn copy(&mut self, record: &rdkafka::message::BorrowedMessage<'_>) -> Raw {
+        let (key, value) = (record.key(), record.payload());
+        let mut raw = self.begin(key, value);
+        let Some(found) = record.headers() else { return self.end(raw) };
+        for at in 0..found.count() {
+            // rdkafka 0.39 panics on a name that is not UTF-8, and anybody may send one.
+            match catch_unwind(AssertUnwindSafe(|| found.try_get(at))) {
+                Ok(Some(header)) => self.header(&mut raw, header.key, header.value),
+                Ok(None) => {}
+                Err(_) => raw.unreadable_header = true,
             }
         }
-        Self { block: block.freeze(), key, value, headers: headers.into_boxed_slice(), unreadable_header }
+        self.end(raw)
     }
 
-    fn slice(&self, (from, to): Part) -> Bytes {
-        self.block.slice(from..to)
+    fn begin(&mut self, key: Option<&[u8]>, value: Option<&[u8]>) -> Raw {
+        let known = key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len);
+        if known > SHARED_MAX {
+            self.open = BytesMut::with_capacity(known + HEADERS_EXPECTED);
+        } else if self.open.capacity() < known + HEADERS_EXPECTED {
+            self.open = BytesMut::with_capacity(BLOCK);
+        }
+        for part in [key, value].into_iter().flatten() {
+            self.open.extend_from_slice(part);
+        }
+        Raw { run: Bytes::new(), key: key.map(length), value: value.map(length), headers: 0, unreadable_header: false }
     }
 
+    fn header(&mut self, raw: &mut Raw, name: &str, value: Option<&[u8]>) {
+        self.open.extend_from_slice(&length(name.as_bytes()).to_le_bytes());
+        self.open.extend_from_slice(&value.map_or(NULL, length).to_le_bytes());
+        self.open.extend_from_slice(name.as_bytes());
+        self.open.extend_from_slice(value.unwrap_or_default());
+        raw.headers += 1;
+    }
+
+    fn end(&mut self, mut raw: Raw) -> Raw {
+        raw.run = self.open.split().freeze();
+        raw
+    }
+}
+
+/// No part of a record is longer: its own length is an `i32`.
+fn length(part: &[u8]) -> u32 {
+    u32::try_from(part.len()).unwrap_or(NULL - 1)
+}
+
+/// The headers of a record: names, and where their values are in the run.
+struct RawHeaders<'a> {
+    run: &'a [u8],
+    at: usize,
+}
+
+impl<'a> RawHeaders<'a> {
+    fn length(&mut self) -> Option<u32> {
+        let read = self.run.get(self.at..self.at + 4)?.try_into().ok()?;
+        self.at += 4;
+        Some(u32::from_le_bytes(read))
+    }
+
+    fn part(&mut self, length: u32) -> Range<usize> {
+        let from = self.at;
+        self.at += length as usize;
+        from..self.at
+    }
+}
+
+impl<'a> Iterator for RawHeaders<'a> {
+    type Item = (&'a str, Option<Range<usize>>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (name, value) = (self.length()?, self.length()?);
+        let name = std::str::from_utf8(self.run.get(self.part(name))?).ok()?;
+        Some((name, (value != NULL).then(|| self.part(value))))
+    }
+}
+
+impl Raw {
     pub(crate) fn key(&self) -> Option<Bytes> {
-        self.key.map(|at| self.slice(at))
+        self.key.map(|key| self.run.slice(..key as usize))
     }
 
     /// `None` for a tombstone.
     pub(crate) fn value(&self) -> Option<Bytes> {
-        self.value.map(|at| self.slice(at))
+        let from = self.value_at();
+        self.value.map(|value| self.run.slice(from..from + value as usize))
     }
 
-    /// What it takes in memory.
+    fn value_at(&self) -> usize {
+        self.key.unwrap_or(0) as usize
+    }
+
+    /// What it takes in memory: at least what its message takes, as the runtime counts.
     pub(crate) fn bytes(&self) -> usize {
-        self.block.len()
+        self.run.len()
+    }
+
+    fn each_header(&self) -> RawHeaders<'_> {
+        RawHeaders { run: &self.run, at: self.value_at() + self.value.unwrap_or(0) as usize }
     }
 
     fn header(&self, name: &str) -> Option<&str> {
-        let (_, at) = self.headers.iter().find(|(found, _)| &**found == name)?;
-        let (from, to) = (*at)?;
-        std::str::from_utf8(&self.block[from..to]).ok()
+        let (_, at) = self.each_header().find(|(found, _)| *found == name)?;
+        std::str::from_utf8(&self.run[at?]).ok()
     }
 
     fn headers(&self) -> Headers {
-        let mut headers = Headers::with_capacity(self.headers.len());
-        for (name, at) in &self.headers {
-            headers.push(name.clone(), at.map_or_else(Bytes::new, |at| self.slice(at)));
+        let mut headers = Headers::with_capacity(self.headers);
+        for (name, at) in self.each_header() {
+            headers.push(name, at.map_or_else(Bytes::new, |at| self.run.slice(at)));
         }
         headers
     }
 
+    /// Its message, with bytes of its own where it shares a block: whoever keeps one message keeps no others with it.
+    pub(crate) fn message(&self, limits: &MessageLimits) -> Message {
+        let shares = self.run.len() <= SHARED_MAX + HEADERS_EXPECTED;
+        let own = |part: Bytes| if shares { Bytes::copy_from_slice(&part) } else { part };
+        let mut message = self.decoded(own(self.value().unwrap_or_default()), limits);
+        let headers = std::mem::take(&mut message.headers);
+        if !headers.is_empty() {
+            message.headers = headers.iter().map(|(name, value)| (name, own(value.clone()))).collect();
+        }
+        message
+    }
+
     /// Reads it as a message. A tombstone has empty data; a record key that is text is the partition key of a message
     /// that names none.
-    pub(crate) fn message(&self, limits: &MessageLimits) -> Message {
-        let body = self.value().unwrap_or_default();
+    fn decoded(&self, body: Bytes, limits: &MessageLimits) -> Message {
         if self.unreadable_header {
             let mut headers = self.headers();
             headers.retain(|name| !is_reserved(name));
@@ -105,8 +187,8 @@ impl Raw {
         let mut message = cloudevents::decode(self.headers(), body, &Convention::KAFKA, limits);
         if message.attributes.partition_key.is_none()
             && message.defect().is_none()
-            && let Some(key) = self.key().filter(|key| !key.is_empty())
-            && let Ok(key) = std::str::from_utf8(&key)
+            && let Some(key) = self.key.filter(|key| *key > 0)
+            && let Ok(key) = std::str::from_utf8(&self.run[..key as usize])
         {
             message.attributes.partition_key = Some(key.into());
         }
@@ -115,10 +197,10 @@ impl Raw {
 
     /// The headers that go on with it: its own, without those of hapax but for the token.
     fn carried(&self, token: bool) -> OwnedHeaders {
-        let mut headers = OwnedHeaders::new_with_capacity(self.headers.len() + 9);
-        for (name, at) in &self.headers {
-            if !is_reserved(name) || (token && &**name == REOPEN) {
-                headers = add(headers, name, at.map(|(from, to)| &self.block[from..to]));
+        let mut headers = OwnedHeaders::new_with_capacity(self.headers + 9);
+        for (name, at) in self.each_header() {
+            if !is_reserved(name) || (token && name == REOPEN) {
+                headers = add(headers, name, at.map(|at| &self.run[at]));
             }
         }
         headers
@@ -212,15 +294,12 @@ fn unix_ms(time: SystemTime) -> u64 {
 impl Raw {
     /// A record with these headers, for tests.
     pub(crate) fn of(key: Option<&[u8]>, value: Option<&[u8]>, given: &[(&str, &str)]) -> Self {
-        let mut block = BytesMut::new();
-        let mut put = |part: &[u8]| {
-            let from = block.len();
-            block.extend_from_slice(part);
-            (from, block.len())
-        };
-        let (key, value) = (key.map(&mut put), value.map(&mut put));
-        let headers = given.iter().map(|(name, value)| ((*name).into(), Some(put(value.as_bytes())))).collect();
-        Self { block: block.freeze(), key, value, headers, unreadable_header: false }
+        let mut blocks = Blocks::default();
+        let mut raw = blocks.begin(key, value);
+        for (name, value) in given {
+            blocks.header(&mut raw, name, Some(value.as_bytes()));
+        }
+        blocks.end(raw)
     }
 }
 
@@ -297,6 +376,45 @@ mod tests {
             (RETRY_HOPS, "2"),
         ];
         assert_eq!(headers, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+
+    #[test]
+    fn records_that_share_a_block_stay_as_they_were() {
+        let mut blocks = Blocks::default();
+        let records: Vec<(Vec<u8>, Vec<u8>, Vec<u8>)> = (0..200_usize)
+            .map(|number| {
+                let sizes = [0, 1, 300, SHARED_MAX, SHARED_MAX + 1, BLOCK * 2];
+                let bytes = |size: usize, add: usize| (0..size).map(|at| (at + number + add) as u8).collect();
+                (bytes(number % 9, 1), bytes(sizes[number % sizes.len()], 2), bytes(sizes[number / 3 % sizes.len()], 3))
+            })
+            .collect();
+        let copy = |(key, value, header): &(Vec<u8>, Vec<u8>, Vec<u8>)| {
+            let mut raw = blocks.begin(Some(key), Some(value));
+            for (name, value) in [("one", Some(&**header)), ("", None), ("three", Some(&[][..]))] {
+                blocks.header(&mut raw, name, value);
+            }
+            blocks.end(raw)
+        };
+        let raws: Vec<Raw> = records.iter().map(copy).collect();
+        for (raw, (key, value, header)) in raws.iter().zip(&records) {
+            assert_eq!((raw.key().as_deref(), raw.value().as_deref()), (Some(&**key), Some(&**value)));
+            let headers: Vec<_> = raw.each_header().map(|(name, at)| (name, at.map(|at| &raw.run[at]))).collect();
+            assert_eq!(headers, [("one", Some(&**header)), ("", None), ("three", Some(&[][..]))]);
+            let message = raw.message(&MessageLimits { header_bytes_max: usize::MAX, ..MessageLimits::DEFAULT });
+            assert_eq!((&*message.data, message.headers.get("one").map(|value| &**value)), (&**value, Some(&**header)));
+            assert!(message.bytes() <= raw.bytes());
+        }
+    }
+
+    #[test]
+    fn whoever_keeps_a_small_message_keeps_no_others_with_it() {
+        for (size, shares) in [(100, false), (SHARED_MAX * 4, true)] {
+            let raw = Raw::of(None, Some(&vec![b'x'; size]), &[("x-tenant", "7")]);
+            let message = raw.message(&MessageLimits::DEFAULT);
+            let within = |part: &Bytes| raw.run.as_ptr_range().contains(&part.as_ptr());
+            assert_eq!(within(&message.data), shares);
+            assert_eq!(message.headers.get("x-tenant").map(within), Some(shares));
+        }
     }
 
     #[test]
