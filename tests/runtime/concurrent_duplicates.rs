@@ -49,14 +49,27 @@ async fn redelivery_while_pending_attaches_not_rejects() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_copy_in_the_same_process_is_woken_by_the_record_and_asks_once() {
+async fn copies_in_the_same_process_are_woken_by_the_record_and_need_not_ask() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    rig.send_all(["1", "1"]).await;
+    rig.send_all(["1"; 5]).await;
     let begun = tokio::time::Instant::now();
     let billing = rig.start("billing", |c| c.on_any(runs.take(20 * SECOND))).await;
     rig.settled().await;
     assert!(begun.elapsed() < 20 * SECOND + Duration::from_millis(50), "no poll in between: {:?}", begun.elapsed());
-    assert_eq!(rig.journal.lines_of("store claim"), ["store claim 1", "store claim 1"]);
+    assert_eq!(rig.journal.lines_of("store claim"), ["store claim 1"]);
+    assert_eq!((runs.len(), billing.statistics().duplicates), (1, 4));
+    billing.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_waited_with_other_data_under_the_id_is_a_conflict_nevertheless() {
+    let (rig, runs) = (Rig::new(), Runs::default());
+    rig.send(event("1")).await;
+    rig.send(event("1").with_data("application/json", "{\"other\":1}")).await;
+    rig.send(event("1")).await;
+    let billing = rig.start("billing", |c| c.on_any(runs.take(SECOND))).await;
+    rig.settled().await;
+    assert_eq!((runs.len(), billing.statistics().duplicates, rig.dead().len()), (1, 1, 1));
     billing.stop().await;
 }
 

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use futures_util::task::AtomicWaker;
 use hapax::{
     Broker, Capabilities, Claim, ClaimRequest, Consumer, ConsumerBuilder, ConsumerId, Delivery, Error, ErrorKind,
-    Lease, Limits, Outcome, ProcessedStore, Receipt, Recorded, Renewal, Result, Settlement, StoreHealth,
+    EventKey, Lease, Limits, Outcome, ProcessedStore, Receipt, Recorded, Renewal, Result, Settlement, StoreHealth,
     TransactionalStore, Want,
 };
 use hapax_testkit::faulty::{FaultyBroker, FaultyStore};
@@ -48,6 +48,8 @@ pub(crate) struct Script(Arc<Scene>);
 #[derive(Default)]
 struct Scene {
     faults: Mutex<BTreeMap<&'static str, VecDeque<Fault>>>,
+    /// A record that somebody else's transaction locks.
+    locked: Mutex<Option<EventKey>>,
     frozen: AtomicBool,
     waker: AtomicWaker,
 }
@@ -63,6 +65,20 @@ impl Script {
         let gate = Arc::new(Semaphore::new(0));
         self.next(verb, Fault::Gate(Arc::clone(&gate)));
         gate
+    }
+
+    /// This record cannot be written, and no batch that it is in: a store refuses those, so that they are halved.
+    pub(crate) fn lock(&self, key: Option<EventKey>) {
+        *self.0.locked.lock().expect("nobody panics while holding it") = key;
+    }
+
+    fn check_locks(&self, batch: &[(Lease, Outcome)]) -> Result<()> {
+        let locked = *self.0.locked.lock().expect("nobody panics while holding it");
+        match locked.filter(|locked| batch.iter().any(|(lease, _)| lease.key == *locked)) {
+            None => Ok(()),
+            Some(_) if batch.len() > 1 => Err(Error::new(ErrorKind::Rejected, "record")),
+            Some(_) => Err(Error::new(ErrorKind::Unavailable, "record")),
+        }
     }
 
     /// Whether every fault was met.
@@ -190,6 +206,7 @@ impl<T: ProcessedStore> ProcessedStore for Scripted<T> {
     }
 
     async fn record(&self, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+        self.script.check_locks(batch)?;
         self.script.around("record", self.inner.record(batch)).await
     }
 

@@ -1,6 +1,7 @@
 //! The batched calls to store, broker and publisher: a deadline each, repeated until they are answered, halved when a
 //! bad item is in them. Every call of the contracts can be repeated, so an unknown outcome is asked again.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -57,29 +58,19 @@ impl Shared {
     pub(super) fn launch(self: &Arc<Self>, mut launched: impl FnMut(Call)) {
         if let Some(batch) = self.claims.launch() {
             let shared = Arc::clone(self);
-            launched(Box::pin(async move {
-                shared.claim_batch(batch).await;
-                shared.claims.returned();
-            }));
+            launched(Box::pin(async move { shared.claim_batch(batch).await }));
         }
         if let Some(batch) = self.records.launch() {
             let shared = Arc::clone(self);
-            launched(Box::pin(async move {
-                shared.record_batch(batch).await;
-                shared.records.returned();
-            }));
+            launched(Box::pin(async move { shared.record_batch(batch).await }));
         }
         if let Some(batch) = self.settles.launch() {
             let shared = Arc::clone(self);
-            launched(Box::pin(async move {
-                shared.settle_batch(batch).await;
-            }));
+            launched(Box::pin(async move { shared.settle_batch(batch).await }));
         }
         if let Some(batch) = self.publishes.launch() {
             let shared = Arc::clone(self);
-            launched(Box::pin(async move {
-                shared.publish_batch(batch).await;
-            }));
+            launched(Box::pin(async move { shared.publish_batch(batch).await }));
         }
     }
 
@@ -107,9 +98,10 @@ impl Shared {
         answer: fn(A, Instant) -> R,
     ) {
         let mut next = Some(0..batch.requests.len());
-        let mut ranges = Vec::new();
+        let mut ranges = VecDeque::new();
         let mut waits = delays(STORE_RETRY_MAX);
-        while let Some(range) = next.take().or_else(|| ranges.pop()) {
+        let mut aside = None;
+        while let Some(range) = next.take().or_else(|| ranges.pop_back()) {
             let asked = Instant::now();
             let requests = &batch.requests[range.clone()];
             match self.in_time(verb, requests.len(), call(self, requests)).await {
@@ -124,17 +116,27 @@ impl Shared {
                 },
                 Err(error) if error.is_retryable() => {
                     self.store_is_down(&error);
-                    ranges.push(range);
+                    // Behind the others: it may be this part alone that cannot be written.
+                    ranges.push_front(range);
+                    // One that stands alone keeps nobody back: its record alone may be locked by somebody's transaction.
+                    if aside.is_none() && ranges.len() == 1 && ranges[0].len() == 1 {
+                        aside = coalescer.step_aside();
+                        // The engine looks for the next batch when it is woken.
+                        tokio::task::yield_now().await;
+                    }
                     if !self.pause(&mut waits).await {
-                        return give_up(&batch, &ranges);
+                        give_up(&batch, ranges.drain(..));
                     }
                 }
                 Err(error) => {
-                    ranges.push(range);
                     self.fail(error);
-                    return give_up(&batch, &ranges);
+                    give_up(&batch, ranges.drain(..).chain([range]));
                 }
             }
+        }
+        match aside {
+            Some(aside) => coalescer.ended_aside(aside),
+            None => coalescer.returned(),
         }
         coalescer.recycle(batch);
     }
@@ -356,7 +358,7 @@ fn halves(range: Range<usize>) -> Option<[Range<usize>; 2]> {
     (range.len() > 1).then_some([middle..range.end, range.start..middle])
 }
 
-fn give_up<Q, R>(batch: &Batch<Q, std::result::Result<R, GivenUp>>, ranges: &[Range<usize>]) {
+fn give_up<Q, R>(batch: &Batch<Q, std::result::Result<R, GivenUp>>, ranges: impl IntoIterator<Item = Range<usize>>) {
     for range in ranges {
         batch.answer(range.start, range.clone().map(|_| Err(GivenUp::Stopped)));
     }

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-/// Gathers calls with request `Q` and answer `A`. One batch is under way at a time.
+/// Gathers calls with request `Q` and answer `A`. One batch is under way at a time, beside few that stepped aside.
 pub(super) struct Coalescer<Q, A> {
     queue: Mutex<Queue<Q, A>>,
     batch_max: usize,
@@ -16,12 +16,19 @@ pub(super) struct Coalescer<Q, A> {
 struct Queue<Q, A> {
     gathering: VecDeque<Batch<Q, A>>,
     under_way: bool,
+    aside: usize,
     /// Batches that have returned, to be used again when the last of their answers was taken.
     spare: Vec<Batch<Q, A>>,
 }
 
 /// Most batches that are kept to be used again.
 const SPARE_MAX: usize = 8;
+/// Most batches that the next does not wait for.
+const ASIDE_MAX: usize = 16;
+
+/// That a batch stepped aside.
+#[must_use]
+pub(super) struct Aside;
 
 /// Requests that travel together, and the places for their answers.
 pub(super) struct Batch<Q, A> {
@@ -47,7 +54,10 @@ pub(super) struct Ticket<A> {
 
 impl<Q, A> Coalescer<Q, A> {
     pub(super) fn new(batch_max: usize) -> Self {
-        Self { queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false, spare: Vec::new() }), batch_max }
+        Self {
+            queue: Mutex::new(Queue { gathering: VecDeque::new(), under_way: false, aside: 0, spare: Vec::new() }),
+            batch_max,
+        }
     }
 
     /// Puts a request into the gathering batch.
@@ -80,6 +90,22 @@ impl<Q, A> Coalescer<Q, A> {
     /// The batch under way has returned: the next may leave.
     pub(super) fn returned(&self) {
         self.lock().under_way = false;
+    }
+
+    /// The batch under way lets the next leave before it returns, if not too many did already.
+    pub(super) fn step_aside(&self) -> Option<Aside> {
+        let mut queue = self.lock();
+        let room = queue.aside < ASIDE_MAX;
+        if room {
+            queue.aside += 1;
+            queue.under_way = false;
+        }
+        room.then_some(Aside)
+    }
+
+    /// A batch that had stepped aside has returned.
+    pub(super) fn ended_aside(&self, _: Aside) {
+        self.lock().aside -= 1;
     }
 
     /// Takes a batch back whose requests are all answered.
