@@ -17,6 +17,8 @@ use crate::{error, screen};
 
 /// Heartbeats are asked for this often unless the URL says otherwise: a silent connection is found after two.
 const HEARTBEAT_S: u16 = 10;
+/// RabbitMQ's own default: what others may send with it must fit, and a dead letter with its reason too.
+const FRAME_BYTES_MIN: u32 = 131_072;
 const PARAMETERS: [&str; 5] = ["heartbeat", "frame_max", "channel_max", "connection_timeout", "auth_mechanism"];
 
 /// The nodes of one RabbitMQ, and what it takes to reach them.
@@ -42,9 +44,17 @@ impl Address {
     }
 
     #[cfg(feature = "tls")]
-    pub(crate) fn with_tls(mut self, tls: OwnedTLSConfig) -> Self {
+    pub(crate) fn with_tls(mut self, tls: OwnedTLSConfig) -> Result<Self> {
+        use rustls_pki_types::{CertificateDer, pem::PemObject};
+        if let Some(chain) = &tls.cert_chain {
+            let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain.as_bytes()).collect();
+            if certificates.map_or(true, |certificates| certificates.is_empty()) {
+                let why = "tls: cert_chain holds no certificate, or one that does not read; give it in PEM";
+                return Err(Error::new(ErrorKind::Configuration, "connect").because(why));
+            }
+        }
         self.tls = tls;
-        self
+        Ok(self)
     }
 
     /// Connects to the first node that answers. `role` is shown by RabbitMQ's own tools.
@@ -73,8 +83,11 @@ impl Address {
         match timeout(self.patience, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(e)) => {
-                let told = error::of(&e, "connect");
-                Err(Error::new(told.kind(), "connect").because(format!("{}: {}", self.shown, error::text(&e))))
+                let (told, mut why) = (error::of(&e, "connect"), error::text(&e));
+                if why.contains("certificate") {
+                    why.push_str(". Trust its authority with .tls(..), and name the host as its certificate does");
+                }
+                Err(Error::new(told.kind(), "connect").because(format!("{}: {why}", self.shown)))
             }
             Err(_) => Err(Error::new(ErrorKind::Unavailable, "connect")
                 .because(format!("{}: no connection within {:?}", self.shown, self.patience))),
@@ -131,6 +144,10 @@ fn node(url: &str) -> Result<AMQPUri> {
     if node.scheme == AMQPScheme::AMQPS && !cfg!(feature = "tls") {
         return Err(wrong("url: amqps needs the feature `tls` of hapax-rabbitmq".into()));
     }
+    if node.query.frame_max.is_some_and(|most| (1..FRAME_BYTES_MIN).contains(&most)) {
+        let why = "url: frame_max is less than 131072: RabbitMQ delivers all headers of a message in one frame, whatever was agreed";
+        return Err(wrong(why.into()));
+    }
     node.query.heartbeat.get_or_insert(HEARTBEAT_S);
     Ok(node)
 }
@@ -168,11 +185,13 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_url_is_told_without_quoting_it() {
+        assert!(parsed("amqp://mq/x?frame_max=131072").is_ok() && parsed("amqp://mq/x?frame_max=0").is_ok());
         for (url, part) in [
             ("amqp://shop:c4nary@mq/x?verify=verify_none", "parameter `verify`"),
             ("http://shop:c4nary@mq/x", "amqp://user:password@host"),
             ("amqp://shop:c4nary@mq/", "virtual host is empty"),
             ("amqp://shop:c4nary@/x", "names no host"),
+            ("amqp://shop:c4nary@mq/x?frame_max=8192", "frame_max is less than 131072"),
             ("amqp://shop:c4nary@mq/x?heartbeat=often", "amqp://user:password@host"),
         ] {
             let error = parsed(url).unwrap_err();

@@ -127,7 +127,7 @@ impl RabbitPublisherBuilder {
     pub fn build(self) -> Result<RabbitPublisher> {
         let address = Address::parse(&self.url, self.answer_timeout)?;
         #[cfg(feature = "tls")]
-        let address = address.with_tls(self.tls);
+        let address = address.with_tls(self.tls)?;
         let outlet = Outlet::new(Arc::new(address), "publisher".to_owned(), Lanes::One, self.answer_timeout);
         Ok(RabbitPublisher {
             outlet,

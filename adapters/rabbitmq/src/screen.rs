@@ -222,3 +222,74 @@ impl Reactor for Plumbing {
         async move { Ok(Screened::new(AsyncTcpStream::Plain(connecting.await?), 0)) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, channel: u8, payload: &[u8]) -> Vec<u8> {
+        let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&[kind, 0, channel][..], &size, payload, &[0xce]].concat()
+    }
+
+    /// A content header with one property, the type of the content.
+    fn header(content_type: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(content_type.len()).unwrap();
+        frame(HEADER, 1, &[&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0x80, 0][..], &[length], content_type].concat())
+    }
+
+    fn tune(frame_max: u32) -> Vec<u8> {
+        frame(METHOD, 0, &[&TUNE[..], &[0, 9], &frame_max.to_be_bytes(), &[0, 60]].concat())
+    }
+
+    /// What comes out when so many bytes come in, and are asked for, at a time.
+    fn screened(bytes: &[u8], at_a_time: usize) -> (Vec<u8>, Screen) {
+        let (mut screen, mut all, mut out) = (Screen::default(), Vec::new(), vec![0; at_a_time]);
+        for chunk in bytes.chunks(at_a_time) {
+            screen.take_in(chunk).unwrap();
+            while let count @ 1.. = screen.hand_out(&mut out) {
+                all.extend_from_slice(&out[..count]);
+            }
+        }
+        (all, screen)
+    }
+
+    #[test]
+    fn what_is_sound_passes_however_it_is_cut() {
+        let body = frame(3, 1, &[2; 300]);
+        let stream = [tune(131_072), header(b"text/plain"), body.clone(), frame(8, 0, &[]), header(b""), body].concat();
+        for at_a_time in [1, 2, 7, 8, 64, 10_000] {
+            assert_eq!(screened(&stream, at_a_time).0, stream, "{at_a_time} at a time");
+        }
+    }
+
+    #[test]
+    fn only_the_header_that_is_not_sound_is_changed_however_it_is_cut() {
+        let (first, last) = ([tune(0), frame(3, 1, &[0xff; 20])].concat(), [header(b"a"), frame(3, 1, &[1])].concat());
+        let stream = [first.clone(), header(b"\xff"), last.clone()].concat();
+        let whole = screened(&stream, stream.len()).0;
+        let changed =
+            whole.strip_prefix(&*first).and_then(|rest| rest.strip_suffix(&*last)).expect("the rest as it was");
+        assert!(changed.windows(MARK.len()).any(|part| part == MARK.as_bytes()), "{changed:?}");
+        for at_a_time in [1, 3, 9, 50] {
+            assert_eq!(screened(&stream, at_a_time).0, whole, "{at_a_time} at a time");
+        }
+    }
+
+    #[test]
+    fn the_size_of_a_frame_is_the_smaller_of_what_both_said() {
+        assert_eq!(screened(&tune(131_072), 5).1.frame_max, 131_072);
+        let mut asked = Screen { frame_max: 8_192, ..Screen::default() };
+        asked.take_in(&tune(131_072)).unwrap();
+        assert_eq!(asked.frame_max, 8_192);
+        assert_eq!([agreed(0, 0), agreed(0, 5), agreed(5, 0), agreed(5, 4)], [0, 5, 5, 4]);
+    }
+
+    /// Instead of memory without a bound.
+    #[test]
+    fn a_frame_that_nobody_makes_is_an_error() {
+        let mut screen = Screen::default();
+        let error = screen.take_in(&[HEADER, 0, 1, 0xff, 0xff, 0xff, 0xff, 0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

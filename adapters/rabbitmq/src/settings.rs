@@ -146,7 +146,7 @@ impl RabbitBrokerBuilder {
     }
 
     /// The deadline of connecting and of each call to the server; publishing to a server that blocks publishers waits so
-    /// long. Default [`ANSWER_TIMEOUT`](Self::ANSWER_TIMEOUT).
+    /// long. A settlement answers two seconds later at the latest: keep it three below the consumer's `call_timeout`. Default [`ANSWER_TIMEOUT`](Self::ANSWER_TIMEOUT).
     pub fn answer_timeout(mut self, timeout: Duration) -> Self {
         self.answer_timeout = timeout;
         self
@@ -201,7 +201,7 @@ impl RabbitBrokerBuilder {
         }
         let address = Address::parse(&self.url, self.answer_timeout);
         #[cfg(feature = "tls")]
-        let address = address.map(|address| address.with_tls(self.tls));
+        let address = address.and_then(|address| address.with_tls(self.tls));
         match address {
             Ok(address) if faults.is_empty() => {
                 let places = Places {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use hapax::{Broker, ErrorKind, SessionState, Settlement};
 use hapax_rabbitmq::RabbitBroker;
 use rabbit::{Rabbit, ids, limits, receive, settle, silence, soon};
+use tokio::time::Instant;
 
 /// Receives one, breaks the link as told, and looks at both sessions.
 async fn a_new_session_after(rabbit: &Rabbit, broker: &RabbitBroker, broken: impl AsyncFnOnce()) {
@@ -144,6 +145,12 @@ async fn settle_never_hangs() {
     let retry = Settlement::Retry { after: Duration::from_millis(500) };
     let settlements = [Settlement::Ack, rabbit::letter(), retry, Settlement::Release { counted: true }];
     let batch: Vec<_> = held.iter().map(|delivery| delivery.receipt).zip(settlements).collect();
+    for place in ["known", "doubted"] {
+        let asked = Instant::now();
+        soon("settle", broker.settle(&batch[1..3])).await;
+        // A second for the frames and one for what is hung up, so that the caller's own deadline comes later.
+        assert!(asked.elapsed() < Duration::from_millis(3_500), "{place}: {:?}", asked.elapsed());
+    }
     let answers = soon("settle", broker.settle(&batch)).await;
     let kind = |at: usize| answers[at].as_ref().err().map(hapax::Error::kind);
     // An ack is written into the void; what needs an answer says that there was none.

@@ -159,7 +159,8 @@ async fn a_server_that_cannot_be_trusted_is_told_without_secrets() {
     ] {
         let broker = builder(&rabbit, &url, tls).build().expect("the settings hold");
         let error = soon("open", broker.open(limits(8))).await.expect_err(what);
-        assert_eq!(error.kind(), ErrorKind::Configuration, "{what}: {error}");
+        // A certificate may have run out while the service runs: what is to be sent then is tried again.
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{what}: {error}");
         let text = error.to_string();
         assert!(text.contains("certificate") && text.contains(".tls("), "{what}: {text}");
         assert!(!format!("{error:?} {broker:?}").contains(CANARY), "{error:?}");
