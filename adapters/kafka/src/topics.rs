@@ -5,13 +5,16 @@
 //! topics, and a misspelt one looks like an idle one. What cannot be described (no right to) is not promised.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use hapax::{Durability, Error, ErrorKind, Result};
+use hapax::{Durability, Error, ErrorKind, Result, redact};
+use rdkafka::ClientContext;
 use rdkafka::admin::{
     AdminClient, AdminOptions, ConfigResource, NewTopic, OwnedResourceSpecifier, ResourceSpecifier, TopicReplication,
 };
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
+use rdkafka::error::KafkaError;
 use rdkafka::types::{RDKafkaErrorCode as Code, RDKafkaRespErr};
 use tokio::time::{Instant, sleep};
 
@@ -23,6 +26,12 @@ use crate::settings::Declare;
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long one look at a topic may take: with [`HEAR`] less than the runtime waits for `open`, so that the reason is told.
+const LOOK: Duration = Duration::from_secs(6);
+/// How long it may take to hear why it failed.
+const HEAR: Duration = Duration::from_millis(1_500);
+/// Most of what it says that is listened to.
+const HEARD_MAX: usize = 64;
 /// How long describing topics may take: without an answer less is promised.
 const DESCRIBE: Duration = Duration::from_secs(5);
 /// How long created topics may take to be seen by every server.
@@ -86,7 +95,7 @@ async fn look(
     places: &Arc<Places>,
     declare: Option<&Declare>,
 ) -> Result<Facts> {
-    let mut shapes = shapes(admin, places).await?;
+    let mut shapes = shapes(admin, properties, places).await?;
     let mut missing = missing(places, &shapes);
     if let Some(declare) = declare.filter(|_| !missing.is_empty()) {
         let own: Vec<&Arc<str>> = places.own().collect();
@@ -98,7 +107,7 @@ async fn look(
         let until = Instant::now() + SEEN_MAX;
         while !missing.is_empty() && Instant::now() < until {
             sleep(Duration::from_millis(50)).await;
-            shapes = self::shapes(admin, places).await?;
+            shapes = self::shapes(admin, properties, places).await?;
             missing = self::missing(places, &shapes);
         }
     }
@@ -125,13 +134,13 @@ fn absent(properties: &Properties, missing: &[Arc<str>]) -> Error {
 }
 
 /// Every topic that is there. One request each: all topics of a cluster can be many thousands.
-async fn shapes(admin: &Admin, places: &Arc<Places>) -> Result<BTreeMap<Arc<str>, Shape>> {
-    let (admin, places) = (Arc::clone(admin), Arc::clone(places));
+async fn shapes(admin: &Admin, properties: &Properties, places: &Arc<Places>) -> Result<BTreeMap<Arc<str>, Shape>> {
+    let (admin, places, properties) = (Arc::clone(admin), Arc::clone(places), properties.clone());
     let asked = tokio::task::spawn_blocking(move || {
         let mut shapes = BTreeMap::new();
         for name in places.subscribed.iter().map(|place| &place.name).chain(&places.dead) {
-            let metadata =
-                admin.inner().fetch_metadata(Some(name), REQUEST).map_err(|refused| error("open", refused))?;
+            let metadata = admin.inner().fetch_metadata(Some(name), LOOK);
+            let metadata = metadata.map_err(|refused| because(refused, &properties, name))?;
             for topic in metadata.topics() {
                 match topic.error() {
                     None if !topic.partitions().is_empty() => {
@@ -151,6 +160,53 @@ async fn shapes(admin: &Admin, places: &Arc<Places>) -> Result<BTreeMap<Arc<str>
     });
     asked.await.map_err(|_| Error::new(ErrorKind::Internal, "open").because("looking at topics panicked"))?
 }
+
+/// An error that says why, where the servers cannot be reached: an admin client hands on nothing of what librdkafka says
+/// about its connections, so another client tries once more.
+fn because(refused: KafkaError, properties: &Properties, topic: &str) -> Error {
+    let told = error("open", refused);
+    if told.kind() != ErrorKind::Unavailable {
+        return told;
+    }
+    let Ok(client) =
+        properties.config(Client::Admin).create_with_context::<_, BaseConsumer<Hearing>>(Hearing::default())
+    else {
+        return told;
+    };
+    let _ = client.fetch_metadata(Some(topic), HEAR);
+    // What it said meanwhile. Log lines come between, and end a poll with nothing.
+    for _ in 0..HEARD_MAX {
+        if client.context().heard().is_some() {
+            break;
+        }
+        let _ = client.poll(Duration::ZERO);
+    }
+    match client.context().heard() {
+        Some(why) => Error::new(ErrorKind::Unavailable, "open").because(why).with_source(told),
+        None => told,
+    }
+}
+
+/// The context of a client that is asked why servers cannot be reached.
+#[derive(Debug, Default)]
+struct Hearing(OnceLock<String>);
+
+impl Hearing {
+    fn heard(&self) -> Option<String> {
+        self.0.get().cloned()
+    }
+}
+
+impl ClientContext for Hearing {
+    fn error(&self, error: KafkaError, reason: &str) {
+        // That all are down says nothing about why.
+        if error.rdkafka_error_code() != Some(Code::AllBrokersDown) {
+            let _ = self.0.set(redact(reason).into_owned());
+        }
+    }
+}
+
+impl ConsumerContext for Hearing {}
 
 fn mains_of(places: &Places) -> Vec<&str> {
     places.subscribed[..places.mains()].iter().map(|place| &*place.name).collect()

@@ -144,13 +144,16 @@ async fn several_topics_are_one_consumer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_is_not_there_is_unavailable_and_no_text_holds_the_password() {
+async fn a_server_that_is_not_there_is_unavailable_says_why_and_no_text_holds_the_password() {
     let canary = "canary-hunter2";
     let url = format!("kafka://app:{canary}@127.0.0.1:1/?security.protocol=sasl_plaintext");
     let broker = KafkaBroker::builder(url.parse().expect("a url"), "billing", [unique("orders")]).build();
     let broker = broker.expect("good settings");
-    let refused = broker.open(limits()).await.expect_err("nobody listens there");
+    // Before the runtime gives up waiting for `open`, which would be all that is told.
+    let refused = tokio::time::timeout(Duration::from_secs(9), broker.open(limits())).await.expect("in time");
+    let refused = refused.expect_err("nobody listens there");
     assert!(refused.is_retryable(), "{refused:?}");
+    assert!(refused.to_string().contains("Connection refused"), "{refused}");
     assert!(!format!("{refused} {refused:?} {broker:?}").contains(canary));
 }
 
