@@ -224,6 +224,25 @@ async fn an_entry_trimmed_in_the_hand_of_one_that_died_is_reported() {
     assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
 }
 
+/// Its holder closed with the only copy, unsettled: that is reported too, by whoever takes it over, and the rest is given back.
+#[tokio::test]
+async fn an_entry_trimmed_in_the_hand_of_one_that_closes_is_reported() {
+    let stream = unique("in-hand-closed");
+    let first = member(&stream).await;
+    publish(&stream, 0..2).await;
+    let held = receive(&first, 2).await;
+    let client = Client::connect().await;
+    client.command(&["XTRIM", &stream, "MAXLEN", "1"]).await;
+    first.close().await.expect("it closes");
+    drop(held);
+    let other = member(&stream).await;
+    let back = receive(&other, 1).await;
+    assert_eq!(id(&back[0]), 1);
+    ack(&other, &back).await;
+    silence(&other, TAKE_OVER * 2).await;
+    assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
+}
+
 #[tokio::test]
 async fn several_streams_are_read_by_one_member() {
     let streams = [unique("many-a"), unique("many-b"), unique("many-c")];

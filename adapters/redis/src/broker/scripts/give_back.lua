@@ -1,15 +1,20 @@
 -- Gives back everything that is pending for this consumer, uncounted, so that any member takes it at once; then forgets the
--- consumer, if asked to and if nothing is pending. Answers how many were given back.
+-- consumer, if asked to and if nothing is pending. What was trimmed away meanwhile stays: XCLAIM would take it off the list,
+-- and whoever takes it over in its time reports it. Answers how many were given back.
 --
 -- KEYS  1 stream
 -- ARGV  1 group   2 consumer   3 who keeps what was given back   4 'forget' or 'keep' the consumer   5 most entries
 local stream, group, consumer, parking = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local pending = redis.call('XPENDING', stream, group, '-', '+', ARGV[5], consumer)
+local given_back = 0
 for i = 1, #pending do
-  local count = math.max(0, pending[i][4] - 1)
-  redis.call('XCLAIM', stream, group, parking, 0, pending[i][1], 'IDLE', 86400000, 'RETRYCOUNT', count, 'JUSTID')
+  local id, count = pending[i][1], math.max(0, pending[i][4] - 1)
+  if #redis.call('XRANGE', stream, id, id) > 0 then
+    redis.call('XCLAIM', stream, group, parking, 0, id, 'IDLE', 86400000, 'RETRYCOUNT', count, 'JUSTID')
+    given_back = given_back + 1
+  end
 end
 if ARGV[4] == 'forget' and #redis.call('XPENDING', stream, group, '-', '+', 1, consumer) == 0 then
   redis.call('XGROUP', 'DELCONSUMER', stream, group, consumer)
 end
-return #pending
+return given_back
