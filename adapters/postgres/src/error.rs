@@ -19,6 +19,12 @@ pub(crate) mod code {
     pub(crate) const INVALID_SCHEMA: &str = "3F000";
     pub(crate) const INSUFFICIENT_PRIVILEGE: &str = "42501";
     pub(crate) const INVALID_DATABASE: &str = "3D000";
+    /// `EXECUTE` of a name that is not known on this server connection.
+    pub(crate) const UNKNOWN_STATEMENT: &str = "26000";
+    /// `PREPARE` of one that is.
+    pub(crate) const KNOWN_STATEMENT: &str = "42P05";
+    /// Among others a prepared statement whose answer would have another shape than before.
+    pub(crate) const NOT_SUPPORTED: &str = "0A000";
 }
 
 /// What went wrong, before it is said during which operation.

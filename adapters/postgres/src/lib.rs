@@ -50,6 +50,7 @@
 mod admin;
 mod error;
 mod health;
+mod hot;
 mod line;
 mod outcomes;
 mod rows;

@@ -5,9 +5,11 @@
 //! whatever happens to its caller, and needs no prepared statement: PgBouncer in transaction mode forwards it as a whole.
 //! The extended protocol as sqlx speaks it would take four round trips (begin, parse, execute, commit).
 //!
-//! The pool tests a connection when it hands it out and when it gets it back. So while there is work, two are kept.
+//! The pool tests a connection when it hands it out and when it gets it back. So while there is work, two are kept. On
+//! those hot statements are prepared (`hot.rs`), where the connection leads to PostgreSQL itself.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,7 +21,9 @@ use sqlx::{AssertSqlSafe, Either, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
-use crate::error::Fault;
+use crate::error::{Fault, code};
+use crate::hot::Form;
+use crate::statements::Statements;
 
 /// Connections kept between batches at most.
 const KEPT_MAX: u32 = 2;
@@ -42,12 +46,16 @@ pub(crate) struct Lines {
     deadline: Duration,
     /// Where connections are given back, wherever the store is dropped.
     runtime: Handle,
+    /// Whether hot statements are prepared on what is kept.
+    prepares: AtomicBool,
 }
 
 struct Kept {
     connection: PoolConnection<Postgres>,
     taken: Instant,
     used: Instant,
+    uses: u32,
+    is_prepared: bool,
 }
 
 impl Lines {
@@ -55,7 +63,13 @@ impl Lines {
         // The user's own statements on this pool find a connection too.
         let spare = pool.options().get_max_connections().saturating_sub(1);
         let kept_max = KEPT_MAX.min(spare) as usize;
-        Self { pool, kept: Mutex::default(), kept_max, deadline, runtime }
+        Self { pool, kept: Mutex::default(), kept_max, deadline, runtime, prepares: AtomicBool::new(false) }
+    }
+
+    /// From now on hot statements are prepared on what is kept.
+    pub(crate) fn prepare(self) -> Self {
+        self.prepares.store(true, Ordering::Relaxed);
+        self
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -70,9 +84,73 @@ impl Lines {
     /// rolls it back.
     pub(crate) async fn ask(&self, message: String) -> Result<Replies, Fault> {
         let mut busy = self.take().await?;
+        self.ask_busy(&mut busy, message).await
+    }
+
+    /// The same with a hot statement, which `message` writes in the form that it is told.
+    pub(crate) async fn ask_hot(
+        &self,
+        statements: &Statements,
+        message: impl Fn(Form) -> String,
+    ) -> Result<Replies, Fault> {
+        let mut busy = self.take().await?;
+        if !self.is_prepared(&mut busy, statements).await? {
+            return self.ask_busy(&mut busy, message(Form::Text)).await;
+        }
+        let asked = self.ask_busy(&mut busy, message(Form::Prepared)).await;
+        match &asked {
+            // Nothing took place. The server is not the one that it was prepared on, or its tables were changed.
+            Err(fault) if fault.has_code(code::UNKNOWN_STATEMENT) || fault.has_code(code::NOT_SUPPORTED) => {
+                tracing::warn!("prepared statements are lost behind this pool: hapax sends them as text from now on");
+                self.prepares.store(false, Ordering::Relaxed);
+                self.ask_busy(&mut busy, message(Form::Text)).await
+            }
+            _ => asked,
+        }
+    }
+
+    /// Prepares the hot statements on a connection that is used for the second time: one that is used once does without.
+    async fn is_prepared(&self, busy: &mut Busy<'_>, statements: &Statements) -> Result<bool, Fault> {
+        let uses = busy.kept.as_ref().map_or(0, |kept| kept.uses);
+        if uses == 0 || !self.prepares.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        if busy.kept.as_ref().is_some_and(|kept| kept.is_prepared) {
+            return Ok(true);
+        }
+        let limits = statements.limits();
+        let names = format!("{limits} SELECT name FROM pg_catalog.pg_prepared_statements WHERE name LIKE 'hapax\\_%'");
+        let replies = self.ask_busy(busy, names).await?;
+        let mut known = Vec::new();
+        for row in replies.last().map(Vec::as_slice).unwrap_or_default() {
+            known.push(row.try_get::<String, _>(0)?);
+        }
+        let mut message = limits;
+        for (name, prepare) in statements.prepared() {
+            if known.iter().all(|known| known != name) {
+                message.push_str(prepare);
+                message.push_str("; ");
+            }
+        }
+        match self.ask_busy(busy, message).await {
+            Ok(_) => {}
+            Err(fault) if fault.has_code(code::KNOWN_STATEMENT) => {
+                self.prepares.store(false, Ordering::Relaxed);
+                return Ok(false);
+            }
+            Err(fault) => return Err(fault),
+        }
+        if let Some(kept) = busy.kept.as_mut() {
+            kept.is_prepared = true;
+        }
+        Ok(true)
+    }
+
+    async fn ask_busy(&self, busy: &mut Busy<'_>, message: String) -> Result<Replies, Fault> {
         let Some(kept) = busy.kept.as_mut() else {
             return Err(Fault::new(ErrorKind::Internal, "a line without a connection"));
         };
+        busy.is_sound = false;
         let asked = timeout(self.deadline, ask_on(&mut kept.connection, message)).await;
         match asked {
             Ok(Ok(replies)) => {
@@ -96,7 +174,7 @@ impl Lines {
                 let acquired = timeout(ACQUIRE_MAX, self.pool.acquire()).await;
                 let why = || Fault::unavailable(format!("no connection of the pool was free within {ACQUIRE_MAX:?}"));
                 let now = Instant::now();
-                Kept { connection: acquired.map_err(|_| why())??, taken: now, used: now }
+                Kept { connection: acquired.map_err(|_| why())??, taken: now, used: now, uses: 0, is_prepared: false }
             }
         };
         Ok(Busy { lines: self, kept: Some(kept), is_sound: false })
@@ -104,6 +182,7 @@ impl Lines {
 
     fn give_back(&self, mut kept: Kept) {
         kept.used = Instant::now();
+        kept.uses = kept.uses.saturating_add(1);
         let mut all = self.kept();
         let stays = all.len() < self.kept_max && kept.taken.elapsed() < KEPT_FOR_MAX && !self.pool.is_closed();
         if stays {
@@ -168,7 +247,7 @@ impl Drop for Busy<'_> {
 /// pool left open on this connection, and nobody would commit it. (sqlx 0.9 leaves it so where a `begin()` is dropped
 /// before its answer has come.)
 fn check_own(replies: &Replies) -> Result<(), Fault> {
-    let told = replies.iter().take(2).filter_map(|rows| rows.first());
+    let told = replies.iter().take(2).chain(replies.last()).filter_map(|rows| rows.first());
     let told = told.filter_map(|row| row.try_get::<bool, _>("is_own").ok());
     match told.reduce(|_, own| own) {
         Some(false) => {

@@ -8,6 +8,7 @@ use sqlx::{PgConnection, Row};
 use tokio::time::timeout;
 
 use crate::error::{Fault, code};
+use crate::hot::Form;
 use crate::line::{Lines, Replies, ask_on};
 use crate::rows::{self, Seen, not_recorded};
 use crate::statements::{Id, Statements, Within, distinct};
@@ -30,25 +31,26 @@ impl Desk<'_> {
         }
     }
 
-    /// Answers the replies from the prelude on.
-    async fn ask(&mut self, message: String, ids: &[Id]) -> Result<Replies, Fault> {
-        let replies = match self {
-            Self::Lines(lines) => {
-                let mut replies = lines.ask(message).await?;
-                // The isolation level has no answer.
-                if !replies.is_empty() {
-                    replies.remove(0);
-                }
-                replies
-            }
-            Self::Transaction { connection, mark, deadline } => {
-                let asked = timeout(*deadline, ask_on(connection, message)).await;
+    /// Answers the last `count` replies, of which the first tells what the prelude does.
+    async fn ask(
+        &mut self,
+        statements: &Statements,
+        message: impl Fn(Form) -> String,
+        count: usize,
+        ids: &[Id],
+    ) -> Result<Replies, Fault> {
+        let mut replies = match self {
+            Self::Lines(lines) => lines.ask_hot(statements, message).await?,
+            Self::Transaction { connection, deadline, .. } => {
+                let asked = timeout(*deadline, ask_on(connection, message(Form::Text))).await;
                 let late = || Fault::unavailable(format!("no answer within {deadline:?}"));
-                let replies = asked.map_err(|_| late())?.map_err(Fault::in_transaction)?;
-                check_mark(&replies, *mark)?;
-                replies
+                asked.map_err(|_| late())?.map_err(Fault::in_transaction)?
             }
         };
+        replies.drain(..replies.len().saturating_sub(count));
+        if let Self::Transaction { mark, .. } = self {
+            check_mark(&replies, *mark)?;
+        }
         check_prelude(&replies, 0, Some(distinct(ids).len()))?;
         Ok(replies)
     }
@@ -79,27 +81,27 @@ pub(crate) async fn record(
     order.sort_unstable_by_key(|&n| id(&batch[n]));
     let sorted: Vec<_> = order.iter().map(|&n| &batch[n]).collect();
     let ids: Vec<Id> = sorted.iter().map(|item| id(item)).collect();
-    let asked = desk.ask(statements.record(&sorted, desk.within()), &ids).await;
+    let within = desk.within();
+    let asked = desk.ask(statements, |form| statements.record(&sorted, within, form), 1, &ids).await;
     let replies = asked.map_err(|fault| locked(fault, batch.len(), desk))?;
-    let written = sorted_ids(replies.get(1))?;
     let mut answers = vec![Recorded::Done; batch.len()];
-    order.retain(|&n| written.binary_search(&id(&batch[n])).is_err());
-    if order.is_empty() {
+    if rows::written(&replies)? == batch.len() {
         return Ok(answers);
     }
+    let written = sorted_ids(replies.first())?;
+    order.retain(|&n| written.binary_search(&id(&batch[n])).is_err());
     let sorted: Vec<_> = order.iter().map(|&n| &batch[n]).collect();
     let ids: Vec<Id> = sorted.iter().map(|item| id(item)).collect();
-    let asked = desk.ask(statements.record_anew(&sorted, desk.within()), &ids).await;
+    let asked = desk.ask(statements, |_| statements.record_anew(&sorted, within), 3, &ids).await;
     let replies = asked.map_err(|fault| locked(fault, batch.len(), desk))?;
     let anew = sorted_ids(replies.get(1))?;
-    let seen = replies.get(2).map(Vec::as_slice).unwrap_or_default().iter().map(Seen::read);
-    let seen = seen.collect::<Result<Vec<_>, Fault>>()?;
+    let seen = Seen::read_all(replies.get(2).map(Vec::as_slice).unwrap_or_default())?;
     for n in order {
         let (held, outcome) = &batch[n];
         let id = id(&batch[n]);
         answers[n] = match anew.binary_search(&id) {
             Ok(_) => Recorded::Vanished,
-            Err(_) => not_recorded(held, outcome, seen.iter().find(|seen| seen.id == id)).ok_or_else(|| {
+            Err(_) => not_recorded(held, outcome, seen.get(&id)).ok_or_else(|| {
                 Fault::new(ErrorKind::Unavailable, "a record changed while it was written: ask again")
             })?,
         };
@@ -120,7 +122,7 @@ fn id((held, _): &(Lease, Outcome)) -> Id {
 
 fn sorted_ids(rows: Option<&Vec<PgRow>>) -> Result<Vec<Id>, Fault> {
     let rows = rows.map(Vec::as_slice).unwrap_or_default();
-    let mut ids = rows.iter().map(rows::id).collect::<Result<Vec<Id>, Fault>>()?;
+    let mut ids = rows.iter().filter_map(|row| rows::id_if_any(row).transpose()).collect::<Result<Vec<Id>, Fault>>()?;
     ids.sort_unstable();
     Ok(ids)
 }

@@ -1,5 +1,6 @@
 //! Rows as they come back: ids, records, and what core's state machine says of those that were not changed.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use crate::error::Fault;
+use crate::line::Replies;
 use crate::statements::{FORGOTTEN, Id, state_number, target};
 
 /// What to wait for where a record was free a moment ago or is locked: another claim is under way.
@@ -20,6 +22,21 @@ pub(crate) const SOON: Duration = Duration::from_millis(50);
 pub(crate) fn id(row: &PgRow) -> Result<Id, Fault> {
     let consumer: i32 = row.try_get(1)?;
     Ok((EventKey(uuid(row, 0)?), ConsumerId(u32::try_from(consumer).unwrap_or_default())))
+}
+
+/// The id in the first two columns; none in a row that only tells what all rows do.
+pub(crate) fn id_if_any(row: &PgRow) -> Result<Option<Id>, Fault> {
+    match row.try_get::<Option<i32>, _>(1)? {
+        Some(_) => id(row).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// How many outcomes of a batch were written, as each row of its answer says.
+pub(crate) fn written(replies: &Replies) -> Result<usize, Fault> {
+    let row = replies.first().and_then(|rows| rows.first());
+    let written = row.map(|row| row.try_get::<i64, _>("written")).transpose()?;
+    Ok(written.and_then(|written| usize::try_from(written).ok()).unwrap_or_default())
 }
 
 /// A `uuid` as the server writes it.
@@ -80,12 +97,22 @@ pub(crate) fn granted(row: &PgRow) -> Result<Claim, Fault> {
 /// A row of `read.sql`: a record and the clock; `None` for one that an operator forgot.
 #[derive(Debug)]
 pub(crate) struct Seen {
-    pub(crate) id: Id,
     pub(crate) now: Moment,
     pub(crate) record: Option<Record>,
 }
 
 impl Seen {
+    /// Reads them all by their ids; rows without one are passed over.
+    pub(crate) fn read_all(rows: &[PgRow]) -> Result<BTreeMap<Id, Self>, Fault> {
+        let mut all = BTreeMap::new();
+        for row in rows {
+            if let Some(id) = id_if_any(row)? {
+                all.insert(id, Self::read(row)?);
+            }
+        }
+        Ok(all)
+    }
+
     pub(crate) fn read(row: &PgRow) -> Result<Self, Fault> {
         let moment = |column| Ok::<_, Fault>(Moment(u64::try_from(row.try_get::<i64, _>(column)?).unwrap_or_default()));
         let (time, last) = (moment(4)?, fence(row, 5)?);
@@ -103,6 +130,8 @@ impl Seen {
             other => return Err(Fault::incompatible(format!("a record is in state {other}, which is unknown"))),
         };
         let fingerprint = Fingerprint(uuid(row, 8)?);
+        let token: Option<&str> = row.try_get_unchecked(13)?;
+        let token = token.map(|_| uuid(row, 13)).transpose()?.map_or(0, u128::from_be_bytes);
         let trouble = trouble(row, 10, 11)?.map(Box::new);
         let (attempt, crashes) = (count(row, 6)?, count(row, 7)?);
         let record = state.map(|state| Record {
@@ -111,12 +140,50 @@ impl Seen {
             fence: last,
             attempt,
             crashes,
-            // Neither is asked of a record that is only looked at.
-            token: 0,
+            token,
+            // Not asked of a record that is only looked at.
             first: time,
             trouble,
         });
-        Ok(Self { id: id(row)?, now: moment(2)?, record })
+        Ok(Self { now: moment(2)?, record })
+    }
+}
+
+/// The answer to `claim.sql`: what was new, and the records of the rest.
+#[derive(Debug)]
+pub(crate) struct First {
+    seen: BTreeMap<Id, Seen>,
+    /// Those of which no record was seen were claimed with this fence, each of them; otherwise nobody knows.
+    fence: Option<NonZeroU64>,
+}
+
+impl First {
+    /// Reads the answer to a batch of so many.
+    pub(crate) fn read(rows: &[PgRow], batch: usize) -> Result<Self, Fault> {
+        let mut seen = Seen::read_all(rows)?;
+        let Some(row) = rows.first() else { return Ok(Self { seen, fence: None }) };
+        let granted: i64 = row.try_get("granted")?;
+        let fence: Option<i64> = row.try_get("granted_fence")?;
+        let fence = fence.and_then(|fence| u64::try_from(fence).ok()).and_then(NonZeroU64::new);
+        // A record that was removed after it was read is a new one, and ours.
+        for row in rows {
+            if row.try_get::<Option<bool>, _>("is_granted")? == Some(true) {
+                seen.remove(&id(row)?);
+            }
+        }
+        // Another claim's record that was not there yet is neither seen nor ours.
+        let is_exact = usize::try_from(granted) == Ok(batch.saturating_sub(seen.len()));
+        Ok(Self { seen, fence: fence.filter(|_| is_exact) })
+    }
+
+    /// `None` where the event may be free: it is claimed with the same token, as one that is known.
+    pub(crate) fn answer(&self, request: &ClaimRequest) -> Option<Claim> {
+        let (key, consumer) = (request.key, request.consumer);
+        let Some(seen) = self.seen.get(&(key, consumer)) else {
+            return self.fence.map(|fence| Claim::Granted(Lease { consumer, key, fence, attempt: 1 }, None));
+        };
+        let told = record::claim(&mut Some(seen.record.clone()?), request, SOON, seen.now);
+        (!matches!(told, Claim::Granted(..))).then_some(told)
     }
 }
 
@@ -168,7 +235,7 @@ mod tests {
         let (fingerprint, first) = (Fingerprint::of(None, b"data"), Moment(1));
         let record =
             Record { state, fingerprint, fence: fence(7), attempt: 1, crashes: 0, token: 0, first, trouble: None };
-        not_granted(&request, Some(&Seen { id: (key, consumer), now: Moment(1_000), record: Some(record) }))
+        not_granted(&request, Some(&Seen { now: Moment(1_000), record: Some(record) }))
     }
 
     #[test]

@@ -254,6 +254,16 @@ pub(crate) async fn check_server(lines: &Lines) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Whether the server itself was told by sqlx how to write floating-point numbers: a pooler between the two tells it
+/// nothing at its start that it does not know.
+pub(crate) async fn is_direct(lines: &Lines) -> Result<bool, Fault> {
+    let about = "SELECT EXISTS (SELECT FROM pg_catalog.pg_settings \
+        WHERE name = 'extra_float_digits' AND source = 'client')";
+    let replies = lines.ask(about.to_owned()).await?;
+    let row = replies.first().and_then(|rows| rows.first());
+    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or_default())
+}
+
 pub(crate) fn read_only() -> Fault {
     Fault::configuration(
         "the server is a replica or read-only, and a store writes: give the pool the address of the primary",

@@ -4,15 +4,21 @@ use std::time::Duration;
 
 use hapax::{ClaimRequest, ConsumerId, EventKey, Lease, Outcome, Status, Trouble};
 
+use crate::hot::{Form, Hot};
 use crate::schema::SCHEMA_VERSION;
 use crate::template::{Schema, Template, list, number, text, uuid};
 
 /// How a record is found.
 pub(crate) type Id = (EventKey, ConsumerId);
 
-/// Where the rows of a batch's own statement are in its replies: behind the isolation level and the prelude.
+/// Where the rows of a batch's own statement are in its replies: behind the isolation level and the prelude. Hot
+/// statements answer last, and tell in their rows what the prelude does.
 pub(crate) const PRELUDE: usize = 1;
 pub(crate) const ROWS: usize = 2;
+
+const READ_COMMITTED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; ";
+
+const PLANNED_ANEW: &str = "force_custom_plan";
 
 /// Durations and instants are cut to this many microseconds, some 3,000 years, so that no sum overflows.
 const MICROS_MAX: i64 = 100_000_000_000_000_000;
@@ -61,10 +67,12 @@ pub(crate) enum Within {
 /// Every message of one store.
 #[derive(Debug)]
 pub(crate) struct Statements {
+    guards: Template,
     prelude: Template,
-    claim: Template,
+    claim: Hot,
+    reclaim: Template,
     renew: Template,
-    processed: Template,
+    processed: Hot,
     record: Template,
     anew: Template,
     read: Template,
@@ -80,17 +88,23 @@ impl Statements {
     pub(crate) fn new(schema: &Schema, lock_timeout: Duration, statement_timeout: Duration) -> Self {
         let (schema, version) = (schema.quoted(), SCHEMA_VERSION.to_string());
         let (frame, items) = (include_str!("../sql/frame.sql"), include_str!("../sql/items.sql"));
-        let fresh = include_str!("../sql/fresh.sql");
-        let whole = |sql| {
-            let constant =
-                [("frame", frame), ("items", items), ("fresh", fresh), ("schema", &*schema), ("version", &*version)];
-            Template::new(sql, &constant)
-        };
+        let (fresh, told) = (include_str!("../sql/fresh.sql"), include_str!("../sql/told.sql"));
+        let constant = [
+            ("frame", frame),
+            ("told", told),
+            ("items", items),
+            ("fresh", fresh),
+            ("schema", &*schema),
+            ("version", &*version),
+        ];
+        let whole = |sql| Template::new(sql, &constant);
         Self {
             prelude: whole(include_str!("../sql/prelude.sql")),
-            claim: whole(include_str!("../sql/claim.sql")),
+            guards: whole(include_str!("../sql/guards.sql")),
+            claim: Hot::new(include_str!("../sql/claim.sql"), &constant),
+            reclaim: whole(include_str!("../sql/reclaim.sql")),
             renew: whole(include_str!("../sql/renew.sql")),
-            processed: whole(include_str!("../sql/processed.sql")),
+            processed: Hot::new(include_str!("../sql/processed.sql"), &constant),
             record: whole(include_str!("../sql/record.sql")),
             anew: whole(include_str!("../sql/anew.sql")),
             read: whole(include_str!("../sql/read.sql")),
@@ -104,11 +118,26 @@ impl Statements {
         }
     }
 
-    /// Asks for `batch`, which is in the order of its ids.
-    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration) -> String {
+    /// Asks for `batch`, which is in the order of its ids: claims what was never seen, and reads the rest.
+    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration, form: Form) -> String {
         let ids: Vec<Id> = batch.iter().map(|request| (request.key, request.consumer)).collect();
-        let mut out = self.begun(&ids, Within::Message, 256 + batch.len() * 120);
-        self.claim.write(&mut out, |hole, out| match hole {
+        let mut out = self.guarded(2_560 + batch.len() * 160, self.lock_timeout, "force_generic_plan");
+        Self::fill_claim(self.claim.template(form), &mut out, batch, &ids, lease);
+        out
+    }
+
+    /// Claims what is free of `batch`, which is in the order of its ids, whatever is known of it, and reads all of it.
+    pub(crate) fn reclaim(&self, batch: &[&ClaimRequest], lease: Duration) -> String {
+        let ids: Vec<Id> = batch.iter().map(|request| (request.key, request.consumer)).collect();
+        let mut out = self.begun(&ids, Within::Message, 2_560 + batch.len() * 160);
+        Self::fill_claim(&self.reclaim, &mut out, batch, &ids, lease);
+        out.push(';');
+        self.read.write(&mut out, |hole, out| of_ids(hole, out, &ids));
+        out
+    }
+
+    fn fill_claim(template: &Template, out: &mut String, batch: &[&ClaimRequest], ids: &[Id], lease: Duration) {
+        template.write(out, |hole, out| match hole {
             "fingerprints" => list(out, batch, |out, request| uuid(out, request.fingerprint.0)),
             "tokens" => list(out, batch, |out, request| uuid(out, request.token.to_be_bytes())),
             "reopens" => list(out, batch, |out, request| match request.reopen {
@@ -117,9 +146,8 @@ impl Statements {
                 None => out.push_str("NULL"),
             }),
             "lease" => number(out, micros(lease)),
-            hole => of_ids(hole, out, &ids),
+            hole => of_ids(hole, out, ids),
         });
-        out
     }
 
     pub(crate) fn renew(&self, leases: &[&Lease], lease: Duration) -> String {
@@ -135,28 +163,42 @@ impl Statements {
     }
 
     /// Records `batch`, which is in the order of its ids.
-    pub(crate) fn record(&self, batch: &[&(Lease, Outcome)], within: Within) -> String {
+    pub(crate) fn record(&self, batch: &[&(Lease, Outcome)], within: Within, form: Form) -> String {
         let statement = match batch.iter().all(|(_, outcome)| matches!(outcome, Outcome::Processed)) {
-            true => &self.processed,
+            true => self.processed.template(form),
             false => &self.record,
         };
-        self.outcomes(statement, batch, within)
+        let size = 2_560 + batch.len() * 140;
+        let mut out = match within {
+            Within::Message => self.guarded(size, self.lock_timeout_of(batch.len()), PLANNED_ANEW),
+            // One row is found by the index anyway, and what comes after this in the transaction is the commit.
+            Within::Transaction(_) if batch.len() == 1 => {
+                let (lock, statement) = (self.lock_timeout, self.statement_timeout);
+                format!("SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; ")
+            }
+            Within::Transaction(_) => self.guards(size, self.lock_timeout, PLANNED_ANEW),
+        };
+        self.fill_outcomes(statement, &mut out, batch, within);
+        out
     }
 
     /// Writes anew what [`record`](Self::record) did not find, and reads the rest.
     pub(crate) fn record_anew(&self, batch: &[&(Lease, Outcome)], within: Within) -> String {
         let ids: Vec<Id> = batch.iter().map(|(held, _)| (held.key, held.consumer)).collect();
-        let mut out = self.outcomes(&self.anew, batch, within);
+        let lock_timeout = match within {
+            Within::Message => self.lock_timeout_of(batch.len()),
+            Within::Transaction(_) => self.lock_timeout,
+        };
+        let mut out = self.begun_for(&ids, within, 512 + batch.len() * 100, lock_timeout);
+        self.fill_outcomes(&self.anew, &mut out, batch, within);
         out.push(';');
         self.read.write(&mut out, |hole, out| of_ids(hole, out, &ids));
         out
     }
 
-    /// Reads the records of `ids`.
-    pub(crate) fn read(&self, ids: &[Id]) -> String {
-        let mut out = self.begun(ids, Within::Message, 128 + ids.len() * 40);
-        self.read.write(&mut out, |hole, out| of_ids(hole, out, ids));
-        out
+    /// The hot statements, to be prepared on a connection of hapax' own: name and text.
+    pub(crate) fn prepared(&self) -> [(&str, &str); 2] {
+        [&self.claim, &self.processed].map(|hot| (&*hot.name, &*hot.prepare))
     }
 
     /// Asks which records of `ids` are locked.
@@ -198,14 +240,10 @@ impl Statements {
         limits(self.lock_timeout, self.statement_timeout)
     }
 
-    fn outcomes(&self, statement: &Template, batch: &[&(Lease, Outcome)], within: Within) -> String {
+    fn fill_outcomes(&self, statement: &Template, out: &mut String, batch: &[&(Lease, Outcome)], within: Within) {
         let ids: Vec<Id> = batch.iter().map(|(held, _)| (held.key, held.consumer)).collect();
-        let lock_timeout = match within {
-            Within::Message => self.lock_timeout_of(batch.len()),
-            Within::Transaction(_) => self.lock_timeout,
-        };
-        let mut out = self.begun_for(&ids, within, 512 + batch.len() * 100, lock_timeout);
-        statement.write(&mut out, |hole, out| match hole {
+        statement.write(out, |hole, out| match hole {
+            "count" => number(out, batch.len() as i64),
             "fences" => list(out, batch, |out, (held, _)| number(out, fence(held))),
             "attempts" => {
                 list(out, batch, |out, (held, _)| number(out, i64::from(held.attempt).min(i64::from(i32::MAX))))
@@ -231,7 +269,6 @@ impl Statements {
             }
             hole => of_ids(hole, out, &ids),
         });
-        out
     }
 
     /// When to ask again for what is locked.
@@ -243,6 +280,23 @@ impl Statements {
         if items > 1 { (self.lock_timeout / HALVED_PART).max(1) } else { self.lock_timeout }
     }
 
+    /// What stands in front of a hot statement in a message of its own.
+    fn guarded(&self, size: usize, lock_timeout: i64, plans: &str) -> String {
+        let guards = self.guards(size, lock_timeout, plans);
+        format!("{READ_COMMITTED}{guards}")
+    }
+
+    fn guards(&self, size: usize, lock_timeout: i64, plans: &str) -> String {
+        let mut out = String::with_capacity(size);
+        self.guards.write(&mut out, |hole, out| match hole {
+            "lock_timeout" => number(out, lock_timeout),
+            "plans" => out.push_str(plans),
+            _ => number(out, self.statement_timeout),
+        });
+        out.push(' ');
+        out
+    }
+
     /// What stands in front of a batch.
     fn begun(&self, ids: &[Id], within: Within, size: usize) -> String {
         self.begun_for(ids, within, size, self.lock_timeout)
@@ -251,7 +305,7 @@ impl Statements {
     fn begun_for(&self, ids: &[Id], within: Within, size: usize, lock_timeout: i64) -> String {
         let mut out = String::with_capacity(2_048 + size + ids.len() * 40);
         if within == Within::Message {
-            out.push_str("SET TRANSACTION ISOLATION LEVEL READ COMMITTED; ");
+            out.push_str(READ_COMMITTED);
         }
         self.prelude.write(&mut out, |hole, out| match hole {
             "lock_timeout" => number(out, lock_timeout),

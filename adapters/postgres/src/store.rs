@@ -44,6 +44,7 @@ pub struct PostgresStoreBuilder {
     lock_timeout: Duration,
     statement_timeout: Duration,
     sweep_every: Duration,
+    prepare: Option<bool>,
 }
 
 impl PostgresStoreBuilder {
@@ -74,6 +75,15 @@ impl PostgresStoreBuilder {
         Self { sweep_every, ..self }
     }
 
+    /// Whether the statements that run for every event are prepared on the connections that claims and records keep.
+    ///
+    /// Unless it is said: where [`connect`](Self::connect) finds that the pool leads to PostgreSQL itself, and not to a
+    /// pooler such as PgBouncer. Told by a setting that sqlx sends when it connects (`extra_float_digits`): where the
+    /// server did not get it from its client, nothing is prepared.
+    pub fn prepare(self, prepare: bool) -> Self {
+        Self { prepare: Some(prepare), ..self }
+    }
+
     /// Checks the server and what is in it, migrates if that was asked for, and starts the sweep. Needs a tokio runtime,
     /// and the store belongs to it.
     ///
@@ -89,7 +99,7 @@ impl PostgresStoreBuilder {
     async fn connect_checked(self) -> std::result::Result<PostgresStore, Fault> {
         let schema = Schema::new(&self.schema)?;
         let runtime = Handle::current();
-        {
+        let prepares = {
             let lines = Lines::new(self.pool.clone(), MIGRATE_MAX, runtime.clone());
             schema::check_server(&lines).await?;
             if self.migrate {
@@ -102,8 +112,13 @@ impl PostgresStoreBuilder {
                 )));
             }
             schema::check_rights(&lines, &schema).await?;
-        }
-        let lines = Arc::new(Lines::new(self.pool, self.statement_timeout + NETWORK, runtime));
+            match self.prepare {
+                Some(prepare) => prepare,
+                None => schema::is_direct(&lines).await?,
+            }
+        };
+        let lines = Lines::new(self.pool, self.statement_timeout + NETWORK, runtime);
+        let lines = Arc::new(if prepares { lines.prepare() } else { lines });
         let statements = Arc::new(Statements::new(&schema, self.lock_timeout, self.statement_timeout));
         let sweep_fault = Arc::new(Mutex::new(None));
         let mut tasks = vec![tokio::spawn(Arc::clone(&lines).tidy())];
@@ -125,6 +140,7 @@ impl fmt::Debug for PostgresStoreBuilder {
             .field("lock_timeout", &self.lock_timeout)
             .field("statement_timeout", &self.statement_timeout)
             .field("sweep_every", &self.sweep_every)
+            .field("prepare", &self.prepare)
             .finish_non_exhaustive()
     }
 }
@@ -177,6 +193,7 @@ impl PostgresStore {
             lock_timeout: LOCK_TIMEOUT,
             statement_timeout: STATEMENT_TIMEOUT,
             sweep_every: sweep::SWEEP_EVERY,
+            prepare: None,
         }
     }
 
@@ -227,6 +244,12 @@ impl PostgresStore {
     async fn claimed(&self, batch: &[ClaimRequest], lease: Duration) -> std::result::Result<Vec<Claim>, Fault> {
         let mut order: Vec<usize> = (0..batch.len()).collect();
         order.sort_unstable_by_key(|&n| (batch[n].key, batch[n].consumer));
+        if order
+            .windows(2)
+            .any(|pair| (batch[pair[0]].key, batch[pair[0]].consumer) == (batch[pair[1]].key, batch[pair[1]].consumer))
+        {
+            return Err(Fault::rejected("one key twice in a batch"));
+        }
         let mut answers: Vec<Option<Claim>> = vec![None; batch.len()];
         let mut left = order;
         if let Err(fault) = self.claim_some(batch, &mut left, &mut answers, lease).await {
@@ -245,17 +268,11 @@ impl PostgresStore {
             });
             self.claim_some(batch, &mut left, &mut answers, lease).await?;
         }
-        if !left.is_empty() {
-            let seen = self.see(&ids(batch, &left)).await?;
-            for n in left {
-                let id = (batch[n].key, batch[n].consumer);
-                answers[n] = Some(not_granted(&batch[n], seen.iter().find(|seen| seen.id == id)));
-            }
-        }
         Ok(answers.into_iter().map(|answer| answer.unwrap_or(Claim::Held { wait: SOON })).collect())
     }
 
-    /// Claims what is `left`, in its order; leaves what was not granted.
+    /// Claims what is `left`, in its order: what was never seen, then what is free of the rest. Leaves nothing, unless it
+    /// fails.
     async fn claim_some(
         &self,
         batch: &[ClaimRequest],
@@ -267,27 +284,43 @@ impl PostgresStore {
             return Ok(());
         }
         let requests: Vec<&ClaimRequest> = left.iter().map(|&n| &batch[n]).collect();
-        let replies = self.lines().ask(self.statements().claim(&requests, lease)).await?;
+        let statements = self.statements();
+        let replies = self.lines().ask_hot(statements, |form| statements.claim(&requests, lease, form)).await?;
+        let last = replies.len().saturating_sub(1);
+        check_prelude(&replies, last, Some(distinct(&ids(batch, left)).len()))?;
+        let first = rows::First::read(replies.last().map(Vec::as_slice).unwrap_or_default(), left.len())?;
+        left.retain(|&n| {
+            answers[n] = first.answer(&batch[n]);
+            answers[n].is_none()
+        });
+        if left.is_empty() { Ok(()) } else { self.reclaim(batch, left, answers, lease).await }
+    }
+
+    /// Claims what is `left` and known: what failed and is due, what was abandoned, forgotten or reopened.
+    async fn reclaim(
+        &self,
+        batch: &[ClaimRequest],
+        left: &mut Vec<usize>,
+        answers: &mut [Option<Claim>],
+        lease: Duration,
+    ) -> std::result::Result<(), Fault> {
+        let requests: Vec<&ClaimRequest> = left.iter().map(|&n| &batch[n]).collect();
+        let replies = self.lines().ask(self.statements().reclaim(&requests, lease)).await?;
         check_prelude(&replies, PRELUDE, Some(distinct(&ids(batch, left)).len()))?;
         let mut granted = Vec::with_capacity(left.len());
         for row in replies.get(ROWS).map(Vec::as_slice).unwrap_or_default() {
             granted.push((rows::id(row)?, rows::granted(row)?));
         }
         granted.sort_unstable_by_key(|(id, _)| *id);
-        left.retain(|&n| {
-            let at = granted.binary_search_by_key(&(batch[n].key, batch[n].consumer), |(id, _)| *id);
-            if let Ok(at) = at {
-                answers[n] = Some(granted[at].1.clone());
-            }
-            at.is_err()
-        });
+        let seen = Seen::read_all(replies.get(ROWS + 1).map(Vec::as_slice).unwrap_or_default())?;
+        for n in left.drain(..) {
+            let id = (batch[n].key, batch[n].consumer);
+            answers[n] = Some(match granted.binary_search_by_key(&id, |(id, _)| *id) {
+                Ok(at) => granted[at].1.clone(),
+                Err(_) => not_granted(&batch[n], seen.get(&id)),
+            });
+        }
         Ok(())
-    }
-
-    async fn see(&self, ids: &[Id]) -> std::result::Result<Vec<Seen>, Fault> {
-        let replies = self.lines().ask(self.statements().read(ids)).await?;
-        check_prelude(&replies, PRELUDE, None)?;
-        replies.get(ROWS).map(Vec::as_slice).unwrap_or_default().iter().map(Seen::read).collect()
     }
 
     async fn locked(&self, ids: &[Id]) -> std::result::Result<Vec<Id>, Fault> {

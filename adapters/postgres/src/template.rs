@@ -71,6 +71,15 @@ impl Template {
         Self(parts)
     }
 
+    /// The text with its holes.
+    pub(crate) fn source(&self) -> String {
+        let part = |part: &Part| match part {
+            Part::Text(text) => text.to_string(),
+            Part::Hole(name) => format!("{{{name}}}"),
+        };
+        self.0.iter().map(part).collect()
+    }
+
     /// Appends it to `out`; `fill` writes what belongs into the hole of that name.
     pub(crate) fn write(&self, out: &mut String, mut fill: impl FnMut(&str, &mut String)) {
         for part in &self.0 {

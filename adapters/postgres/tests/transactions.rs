@@ -390,6 +390,8 @@ async fn a_batch_whose_answer_is_lost_can_be_asked_again() {
     let batch = [request(consumer, 1, 1), request(consumer, 2, 2)];
     assert!(store.claim(&batch, LEASE).await.unwrap_err().is_retryable());
     proxy.heal();
+    store.claim(&batch, LEASE).await.unwrap();
+    // The second use of a connection prepares on it: from here on a call is one message.
     let claims = store.claim(&batch, LEASE).await.unwrap();
     let held: Vec<_> = claims
         .iter()

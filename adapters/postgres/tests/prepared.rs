@@ -1,0 +1,166 @@
+//! What runs for every event is cheap for the server, and right whatever stands between: prepared where the pool leads to
+//! PostgreSQL itself, text behind PgBouncer in transaction mode, and duplicates are told without a write or a lock.
+
+mod fixture;
+
+use std::time::Duration;
+
+use fixture::{LEASE, Place, Through, claim, key, lease, number, process, request};
+use hapax::{Claim, Outcome, ProcessedStore, Recorded};
+use hapax_postgres::PostgresStore;
+use hapax_postgres::sqlx::{self, AssertSqlSafe, Row};
+use tokio::time::Instant;
+
+/// Statements of hapax that are prepared on the connections of a pool, each asked once.
+async fn prepared(place: &Place) -> i64 {
+    let mut connections = Vec::new();
+    for _ in 0..3 {
+        connections.push(place.pool.acquire().await.expect("a connection"));
+    }
+    let mut sum = 0;
+    for connection in &mut connections {
+        let count = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'hapax\\_%'";
+        // As text, which needs no statement of its own on these servers.
+        let row = sqlx::raw_sql(count).fetch_one(&mut **connection).await.expect("a row");
+        let count: i64 = row.get(0);
+        sum += count;
+    }
+    sum
+}
+
+/// Claims and records one by one, which is what is prepared.
+async fn work(store: &PostgresStore, consumer: hapax::ConsumerId, events: std::ops::Range<u64>) {
+    for n in events.clone() {
+        process(store, consumer, n..n + 1).await;
+    }
+    for n in events {
+        assert!(matches!(claim(store, consumer, n, 7).await, Claim::Processed { .. }), "event {n} was processed");
+    }
+}
+
+#[tokio::test]
+async fn what_runs_for_every_event_is_prepared_where_the_pool_leads_to_the_server_itself() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    work(&store, consumer, 0..5).await;
+    drop(store);
+    // Given back to the pool by a task.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(prepared(&place).await, 2);
+}
+
+#[tokio::test]
+async fn nothing_is_prepared_behind_a_bouncer_nor_where_it_is_not_wanted() {
+    for through in [Through::Bouncer, Through::Owner] {
+        let place = Place::reached(through).await;
+        let builder = if through == Through::Owner { place.builder().prepare(false) } else { place.builder() };
+        let store = builder.connect().await.expect("the store connects");
+        let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
+        work(&store, consumer, 0..5).await;
+        drop(store);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        // Behind the bouncer these are its servers, in turn.
+        assert_eq!(prepared(&place).await, 0, "{through:?}");
+    }
+}
+
+#[tokio::test]
+async fn statements_that_are_lost_behind_a_bouncer_are_sent_as_text() {
+    let place = Place::reached(Through::Bouncer).await;
+    let store = place.builder().prepare(true).connect().await.expect("the store connects");
+    let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
+    // Three servers in turn: sooner or later one has not heard of them.
+    work(&store, consumer, 0..12).await;
+    let processed = format!("SELECT count(*) FROM {}.hapax_record WHERE state = 3 AND attempt = 1", place.schema);
+    assert_eq!(number(&place.owner, processed).await, 12);
+}
+
+#[tokio::test]
+async fn duplicates_are_told_in_one_message_that_writes_nothing_and_waits_for_no_lock() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    process(&store, consumer, 0..3).await;
+    let held = lease(&store, consumer, 3).await;
+    let marks = format!("SELECT sum(xmax::text::bigint)::bigint FROM {}.hapax_record WHERE state = 3", place.schema);
+    let before = number(&place.owner, marks.clone()).await;
+    let mut locking = place.owner.begin().await.expect("a transaction");
+    let lock =
+        format!("SELECT FROM {}.hapax_record WHERE key = CAST('{}' AS uuid) FOR UPDATE", place.schema, key(3).to_hex());
+    sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *locking).await.expect("locked");
+    let begun = Instant::now();
+    let requests: Vec<_> = (0..5).map(|n| request(consumer, n, 70 + u128::from(n))).collect();
+    let claims = store.claim(&requests, LEASE).await.expect("the store answers");
+    assert!(begun.elapsed() < Duration::from_millis(1_500), "it waited for a lock: {:?}", begun.elapsed());
+    for claim in &claims[..3] {
+        assert!(matches!(claim, Claim::Processed { .. }), "{claim:?}");
+    }
+    assert!(matches!(&claims[3], Claim::Held { wait } if *wait > LEASE / 2), "{:?}", claims[3]);
+    assert!(matches!(&claims[4], Claim::Granted(lease, None) if lease.attempt == 1), "{:?}", claims[4]);
+    locking.rollback().await.expect("rolled back");
+    assert_eq!(number(&place.owner, marks).await, before, "a duplicate's row was locked");
+    let recorded = store.record(&[(held, Outcome::Processed)]).await.expect("the store answers");
+    assert_eq!(recorded, [Recorded::Done]);
+}
+
+#[tokio::test]
+async fn a_claim_that_meets_anothers_insert_is_held_and_its_neighbours_are_granted() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    // Another process' claim whose commit is on its way: what it inserts is in no snapshot yet.
+    let mut other = place.owner.begin().await.expect("a transaction");
+    let insert = format!(
+        "INSERT INTO {}.hapax_record (key, consumer, state, time, fence, attempt, crashes, fingerprint, token, first) \
+         SELECT CAST('{}' AS uuid), {}, 0, t + 30000000, t, 1, 0, CAST('{:032x}' AS uuid), CAST('{:032x}' AS uuid), t \
+         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS t) AS clock",
+        place.schema,
+        key(1).to_hex(),
+        consumer.0,
+        u128::from_be_bytes(request(consumer, 1, 1).fingerprint.0),
+        1,
+    );
+    sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *other).await.expect("inserted");
+    let requests: Vec<_> = (0..3).map(|n| request(consumer, n, 90 + u128::from(n))).collect();
+    let claiming = tokio::spawn({
+        let store = store.clone();
+        async move { store.claim(&requests, LEASE).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    other.commit().await.expect("committed");
+    let claims = claiming.await.expect("no panic").expect("the store answers");
+    assert!(matches!(&claims[0], Claim::Granted(lease, None) if lease.attempt == 1), "{claims:?}");
+    assert!(matches!(&claims[1], Claim::Held { wait } if *wait > LEASE / 2), "{claims:?}");
+    assert!(matches!(&claims[2], Claim::Granted(lease, None) if lease.attempt == 1), "{claims:?}");
+}
+
+/// A plan that was made while the table was empty would go through the whole of it and look each record up in the batch.
+#[tokio::test]
+async fn a_plan_made_for_an_empty_table_serves_a_large_one() {
+    const RECORDS: i64 = 20_000;
+    let place = Place::fresh().await;
+    let records = format!("{}.hapax_record", place.schema);
+    sqlx::raw_sql(AssertSqlSafe(format!("VACUUM ANALYZE {records}"))).execute(&place.owner).await.expect("analyzed");
+    let (store, consumer) = place.opened().await;
+    // Prepared and planned here.
+    process(&store, consumer, 0..64).await;
+    process(&store, consumer, 100..164).await;
+    let many = format!(
+        "INSERT INTO {records} (time, fence, consumer, attempt, crashes, state, key, fingerprint) \
+         SELECT 1, 1, 9, 1, 0, 3, gen_random_uuid(), gen_random_uuid() FROM generate_series(1, {RECORDS})"
+    );
+    sqlx::raw_sql(AssertSqlSafe(many)).execute(&place.owner).await.expect("inserted");
+    let read = format!(
+        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE schemaname = '{}' AND relname = 'hapax_record'",
+        place.schema
+    );
+    let flushed = || async {
+        // A session tells its statistics at most once a second, when a transaction of its ends.
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        claim(&store, consumer, 0, 5).await;
+        number(&place.owner, read.clone()).await
+    };
+    let before = flushed().await;
+    process(&store, consumer, 200..264).await;
+    process(&store, consumer, 300..364).await;
+    let after = flushed().await;
+    assert!(after - before < RECORDS / 4, "{} entries of the index were read for 128 events", after - before);
+}
