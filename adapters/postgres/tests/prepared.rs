@@ -131,36 +131,3 @@ async fn a_claim_that_meets_anothers_insert_is_held_and_its_neighbours_are_grant
     assert!(matches!(&claims[1], Claim::Held { wait } if *wait > LEASE / 2), "{claims:?}");
     assert!(matches!(&claims[2], Claim::Granted(lease, None) if lease.attempt == 1), "{claims:?}");
 }
-
-/// A plan that was made while the table was empty would go through the whole of it and look each record up in the batch.
-#[tokio::test]
-async fn a_plan_made_for_an_empty_table_serves_a_large_one() {
-    const RECORDS: i64 = 20_000;
-    let place = Place::fresh().await;
-    let records = format!("{}.hapax_record", place.schema);
-    sqlx::raw_sql(AssertSqlSafe(format!("VACUUM ANALYZE {records}"))).execute(&place.owner).await.expect("analyzed");
-    let (store, consumer) = place.opened().await;
-    // Prepared and planned here.
-    process(&store, consumer, 0..64).await;
-    process(&store, consumer, 100..164).await;
-    let many = format!(
-        "INSERT INTO {records} (time, fence, consumer, attempt, crashes, state, key, fingerprint) \
-         SELECT 1, 1, 9, 1, 0, 3, gen_random_uuid(), gen_random_uuid() FROM generate_series(1, {RECORDS})"
-    );
-    sqlx::raw_sql(AssertSqlSafe(many)).execute(&place.owner).await.expect("inserted");
-    let read = format!(
-        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE schemaname = '{}' AND relname = 'hapax_record'",
-        place.schema
-    );
-    let flushed = || async {
-        // A session tells its statistics at most once a second, when a transaction of its ends.
-        tokio::time::sleep(Duration::from_millis(1_200)).await;
-        claim(&store, consumer, 0, 5).await;
-        number(&place.owner, read.clone()).await
-    };
-    let before = flushed().await;
-    process(&store, consumer, 200..264).await;
-    process(&store, consumer, 300..364).await;
-    let after = flushed().await;
-    assert!(after - before < RECORDS / 4, "{} entries of the index were read for 128 events", after - before);
-}
