@@ -3,6 +3,7 @@
 //! `scripts/brokers up` starts them, `scripts/brokers env` prints the variables. A test that needs a server asks here for
 //! its address; without one it fails with a message that names the command.
 
+pub mod group;
 pub mod queue;
 pub mod stream;
 
