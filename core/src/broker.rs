@@ -151,7 +151,7 @@ pub struct Receipt {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Origin {
     /// Topic, queue or stream, with the partition where there is one.
-    pub place: Box<str>,
+    pub place: Arc<str>,
     /// Offset, entry id or sequence number.
     pub position: Box<str>,
 }

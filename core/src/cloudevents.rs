@@ -283,22 +283,32 @@ const SPEC_VERSION_TAKEN: &str = "1.0";
 /// Longest part of a foreign name in a text for people.
 const NAME_SHOWN_MAX: usize = 64;
 
-/// The attributes' names, in the order of [`values`] and [`slots`]; the first [`REQUIRED`] make an event.
-const NAMES: [&str; 13] = [
-    "id",
-    "source",
-    "type",
-    "subject",
-    "time",
-    "datacontenttype",
-    "dataschema",
-    "correlationid",
-    "causationid",
-    "partitionkey",
-    "sequence",
-    "traceparent",
-    "tracestate",
-];
+/// The attributes' names behind a prefix, in the order of [`values`] and [`slots`]; the first [`REQUIRED`] make an event.
+macro_rules! names {
+    ($prefix:literal) => {
+        names!($prefix: "id" "source" "type" "subject" "time" "datacontenttype" "dataschema" "correlationid"
+            "causationid" "partitionkey" "sequence" "traceparent" "tracestate")
+    };
+    ($prefix:literal: $($name:literal)*) => { [$(concat!($prefix, $name)),*] };
+}
+
+const NAMES: [&str; 13] = names!("");
+
+/// The name of a header that a binding gives to an attribute, if it is one: such names take no memory of their own.
+pub(crate) fn header_name(name: &str) -> Option<&'static str> {
+    const OTHERS: [&str; 3] = ["content-type", "ce_specversion", "cloudEvents_specversion"];
+    const KAFKA: [&str; 13] = names!("ce_");
+    const RABBITMQ: [&str; 13] = names!("cloudEvents_");
+    let known: &[&'static str] = if name.starts_with(Convention::KAFKA.prefix) {
+        &KAFKA
+    } else if name.starts_with(Convention::RABBITMQ.prefix) {
+        &RABBITMQ
+    } else {
+        &[]
+    };
+    known.iter().chain(&OTHERS).copied().find(|known| *known == name)
+}
+
 const REQUIRED: usize = 3;
 const CONTENT_TYPE: usize = 5;
 

@@ -124,9 +124,15 @@ async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Resul
         Err(_) => Err(Error::new(ErrorKind::Unknown, "close").because("no answer in time")),
     };
     shared.view.vitals.enter(Phase::Stopped);
-    match shared.take_fatal() {
-        Some(fatal) => Err(fatal),
-        None => closed,
+    match (shared.take_fatal(), closed) {
+        (Some(fatal), _) => Err(fatal),
+        // An outage is no error at the end either: what the broker could not be told it delivers again, found processed.
+        (None, Err(error)) if error.is_retryable() => {
+            let error = shared.error_text(&error.to_string());
+            tracing::warn!(consumer = &*shared.name, %error, "the broker could not be told everything at the end");
+            Ok(())
+        }
+        (None, closed) => closed,
     }
 }
 

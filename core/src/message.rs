@@ -3,14 +3,16 @@
 //! A message that could not be decoded is a message too, with a [`Defect`]: it must reach the dead letters, so it cannot
 //! be an error that somebody drops. Reading and writing the wire forms is [`cloudevents`](crate::cloudevents)' matter.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU64;
 
 use bytes::Bytes;
 
-/// Headers as they travelled: names as text, values as bytes, in order, repeated names kept.
+/// Headers as they travelled: names as text, values as bytes, in order, repeated names kept. The names that CloudEvents'
+/// bindings give to its attributes take no memory of their own.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Headers(Vec<(Box<str>, Bytes)>);
+pub struct Headers(Vec<(Cow<'static, str>, Bytes)>);
 
 impl Headers {
     /// No headers; allocates nothing.
@@ -25,7 +27,7 @@ impl Headers {
 
     /// The first value under `name`. Names are compared byte for byte.
     pub fn get(&self, name: &str) -> Option<&Bytes> {
-        self.0.iter().find(|(n, _)| &**n == name).map(|(_, value)| value)
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value)
     }
 
     /// The first value under `name`, if it is UTF-8.
@@ -34,8 +36,8 @@ impl Headers {
     }
 
     /// Adds a header behind the others; an equal name stays beside it.
-    pub fn push(&mut self, name: impl Into<Box<str>>, value: impl Into<Bytes>) {
-        self.0.push((name.into(), value.into()));
+    pub fn push(&mut self, name: impl AsRef<str> + Into<Box<str>>, value: impl Into<Bytes>) {
+        self.0.push((kept(name), value.into()));
     }
 
     /// Replaces every header under `name` by one.
@@ -46,7 +48,7 @@ impl Headers {
 
     /// Removes every header under `name`.
     pub fn remove(&mut self, name: &str) {
-        self.0.retain(|(n, _)| &**n != name);
+        self.0.retain(|(n, _)| n != name);
     }
 
     /// Keeps the headers for which `keep` says so.
@@ -75,9 +77,17 @@ impl Headers {
     }
 }
 
-impl<N: Into<Box<str>>, V: Into<Bytes>> FromIterator<(N, V)> for Headers {
+/// A header's name; those of attributes are there already.
+fn kept(name: impl AsRef<str> + Into<Box<str>>) -> Cow<'static, str> {
+    match crate::cloudevents::header_name(name.as_ref()) {
+        Some(name) => Cow::Borrowed(name),
+        None => Cow::Owned(name.into().into()),
+    }
+}
+
+impl<N: AsRef<str> + Into<Box<str>>, V: Into<Bytes>> FromIterator<(N, V)> for Headers {
     fn from_iter<I: IntoIterator<Item = (N, V)>>(headers: I) -> Self {
-        Self(headers.into_iter().map(|(name, value)| (name.into(), value.into())).collect())
+        Self(headers.into_iter().map(|(name, value)| (kept(name), value.into())).collect())
     }
 }
 
@@ -318,7 +328,7 @@ impl Message {
 
     /// Adds a header.
     #[must_use]
-    pub fn with_header(mut self, name: impl Into<Box<str>>, value: impl Into<Bytes>) -> Self {
+    pub fn with_header(mut self, name: impl AsRef<str> + Into<Box<str>>, value: impl Into<Bytes>) -> Self {
         self.headers.push(name, value);
         self
     }

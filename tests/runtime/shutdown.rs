@@ -198,7 +198,7 @@ async fn a_stop_while_the_settlement_hangs_is_bounded_and_the_event_is_found_pro
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_broker_that_does_not_answer_close_is_told_and_bounded() {
+async fn a_broker_that_does_not_answer_close_is_bounded_and_no_error() {
     let (rig, runs, script) = (Rig::new(), Runs::default(), Script::default());
     script.next("stop", Fault::Hang);
     script.next("close", Fault::Hang);
@@ -206,9 +206,17 @@ async fn a_broker_that_does_not_answer_close_is_told_and_bounded() {
     rig.send(event("1")).await;
     rig.settled().await;
     let begun = Instant::now();
-    let error = billing.ended().await.expect_err("the broker was not closed");
-    assert_eq!((error.kind(), error.operation()), (ErrorKind::Unknown, "close"));
+    billing.ended().await.expect("an outage is no error");
     assert!(begun.elapsed() <= seconds(3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broker_that_refuses_to_close_for_good_is_told() {
+    let (rig, runs, script) = (Rig::new(), Runs::default(), Script::default());
+    script.next("close", Fault::Refuse(ErrorKind::Internal));
+    let billing = script::start(&rig, "billing", &script, |c| c.on_any(runs.ok())).await;
+    let error = billing.ended().await.expect_err("the broker was not closed");
+    assert_eq!((error.kind(), error.operation()), (ErrorKind::Internal, "close"));
 }
 
 #[tokio::test(start_paused = true)]

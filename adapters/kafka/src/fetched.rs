@@ -66,7 +66,7 @@ pub(crate) struct Given {
 
 /// The deliveries that these records are.
 pub(crate) fn deliveries(given: Vec<Given>, places: &Places, limits: &MessageLimits) -> Vec<Delivery> {
-    let mut run: Option<(Arc<str>, i32, Box<str>)> = None;
+    let mut run: Option<(Arc<str>, i32, Arc<str>)> = None;
     let delivery = |given: Given| {
         let home = given.fetched.home(places);
         // Records come in runs of one partition, so its text is made once for many.
@@ -75,7 +75,7 @@ pub(crate) fn deliveries(given: Vec<Given>, places: &Places, limits: &MessageLim
             let place = format!("{}/{}", home.topic, home.partition).into();
             (Arc::clone(&home.topic), home.partition, place)
         });
-        let origin = Origin { place: place.clone(), position: home.offset.to_string().into() };
+        let origin = Origin { place: Arc::clone(place), position: home.offset.to_string().into() };
         Delivery {
             receipt: given.receipt,
             session: given.session,

@@ -671,3 +671,17 @@ fn any_message(rng: &mut fastrand::Rng) -> Message {
     }
     message
 }
+
+#[test]
+fn names_that_the_bindings_write_take_no_memory_of_their_own() {
+    for convention in [Convention::KAFKA, Convention::RABBITMQ] {
+        for name in NAMES.into_iter().chain([SPEC_VERSION]) {
+            let name = format!("{}{name}", convention.prefix);
+            assert_eq!(header_name(&name), Some(&*name));
+        }
+        assert_eq!(header_name(convention.content_type), Some(convention.content_type));
+    }
+    for foreign in ["", "c", "ce_", "ce_tenant", "ce-id", "cloudEvents_x", "id", "x-tenant"] {
+        assert_eq!(header_name(foreign), None);
+    }
+}

@@ -197,7 +197,7 @@ impl Consuming {
         let (first, before) = again.map_or((key.1, 0), |again| (again.origin, again.count));
         let bytes: usize = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
         let message: Message = entry::message(fields, &self.limits.message);
-        let place = self.settings.places[source.place].stream.clone();
+        let place = (*self.settings.places[source.place].stream).into();
         Arrival {
             key,
             origin: Arc::new(Origin { place, position: first.to_string().into() }),
