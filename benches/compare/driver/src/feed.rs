@@ -47,11 +47,14 @@ impl Content {
         number > 0 && due(number + 1) > due(number)
     }
 
-    /// The event's number: its own, or that of one which came before.
+    /// The event's number: its own, or that of one which came before, each as often as any other.
     fn event(&self, number: u64) -> u64 {
-        let mut event = number;
+        if !self.repeats(number) {
+            return number;
+        }
+        let mut event = (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11) % number;
         while self.repeats(event) {
-            event = (event.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11) % event;
+            event = (event + 1) % number;
         }
         event
     }
