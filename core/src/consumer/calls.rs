@@ -115,11 +115,14 @@ impl Shared {
                     None => batch.answer(range.start, [Err(GivenUp::Refused(error.to_string().into()))]),
                 },
                 Err(error) if error.is_retryable() => {
-                    self.store_is_down(&error);
+                    // From aside it tells nothing of the store: the others do.
+                    if aside.is_none() {
+                        self.store_is_down(&error);
+                    }
                     // Behind the others: it may be this part alone that cannot be written.
                     ranges.push_front(range);
-                    // One that stands alone keeps nobody back: its record alone may be locked by somebody's transaction.
-                    if aside.is_none() && ranges.len() == 1 && ranges[0].len() == 1 {
+                    // Those that stand alone keep nobody back: their records may be locked by somebody's transaction.
+                    if aside.is_none() && ranges.iter().all(|range| range.len() == 1) {
                         aside = coalescer.step_aside();
                         // The engine looks for the next batch when it is woken.
                         tokio::task::yield_now().await;

@@ -23,8 +23,8 @@ struct Queue<Q, A> {
 
 /// Most batches that are kept to be used again.
 const SPARE_MAX: usize = 8;
-/// Most batches that the next does not wait for.
-const ASIDE_MAX: usize = 16;
+/// Most batches that the next does not wait for: each may keep a connection of the store's busy.
+const ASIDE_MAX: usize = 2;
 
 /// That a batch stepped aside.
 #[must_use]

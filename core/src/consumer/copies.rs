@@ -1,6 +1,5 @@
 //! Copies of one event inside this process take turns: the second waits for the first's record and is woken by it,
-//! instead of asking the store again and again. So no batch of claims ever holds one key twice, and a copy that waited
-//! while the event was recorded as processed need not ask at all.
+//! instead of asking the store again and again. So no batch of claims ever holds one key twice.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -10,9 +9,8 @@ use std::task::{Context, Poll, Waker};
 
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
-use tokio::time::{Duration, Instant};
 
-use crate::store::{EventKey, Fingerprint};
+use crate::store::EventKey;
 
 /// The keys that have a turn now, each with those that wait for it.
 #[derive(Default)]
@@ -25,18 +23,6 @@ struct Queue {
     /// The waiter to whom the turn was passed and that has not taken it yet.
     passed_to: Option<u64>,
     tickets: u64,
-    processed: Option<Processed>,
-}
-
-/// The event was found to be recorded as processed while copies of it waited.
-#[derive(Clone, Copy)]
-struct Processed {
-    fingerprint: Fingerprint,
-    /// Before it was told here.
-    ago: Duration,
-    told: Instant,
-    /// The last who waited then. Who comes later asks the store: it may have been told to forget the event.
-    ticket: u64,
 }
 
 impl Copies {
@@ -68,24 +54,6 @@ impl Copies {
 pub(super) struct Turn<'a> {
     copies: &'a Copies,
     key: EventKey,
-    processed: Option<Processed>,
-}
-
-impl Turn<'_> {
-    /// How long ago an event with these data was processed, if that was found out while this one waited.
-    pub(super) fn processed(&self, fingerprint: Fingerprint) -> Option<Duration> {
-        let processed = self.processed.filter(|processed| processed.fingerprint == fingerprint);
-        processed.map(|processed| processed.ago + processed.told.elapsed())
-    }
-
-    /// Passes the turn on: the event was recorded as processed so long ago, and those that wait need not ask.
-    pub(super) fn end_processed(self, fingerprint: Fingerprint, ago: Duration) {
-        if let Some(queue) = self.copies.lock().get_mut(&self.key)
-            && !queue.waiting.is_empty()
-        {
-            queue.processed = Some(Processed { fingerprint, ago, told: Instant::now(), ticket: queue.tickets });
-        }
-    }
 }
 
 impl Drop for Turn<'_> {
@@ -111,7 +79,7 @@ impl<'a> Future for Waiting<'a> {
             Entry::Vacant(vacant) => {
                 vacant.insert(Queue::default());
                 this.ticket = None;
-                return Poll::Ready(Turn { copies: this.copies, key: this.key, processed: None });
+                return Poll::Ready(Turn { copies: this.copies, key: this.key });
             }
             Entry::Occupied(entry) => entry.into_mut(),
         };
@@ -119,8 +87,7 @@ impl<'a> Future for Waiting<'a> {
             Some(ticket) if queue.passed_to == Some(ticket) => {
                 queue.passed_to = None;
                 this.ticket = None;
-                let processed = queue.processed.filter(|processed| ticket <= processed.ticket);
-                return Poll::Ready(Turn { copies: this.copies, key: this.key, processed });
+                return Poll::Ready(Turn { copies: this.copies, key: this.key });
             }
             Some(ticket) => {
                 if let Some((_, waker)) = queue.waiting.iter_mut().find(|(t, _)| *t == ticket) {
@@ -170,27 +137,5 @@ mod tests {
         drop(second);
         drop(third.await);
         assert!(copies.lock().is_empty(), "nothing is kept of keys without a turn");
-    }
-
-    #[tokio::test]
-    async fn who_waited_while_the_event_was_recorded_learns_of_it_and_who_came_later_does_not() {
-        let copies = Copies::default();
-        let (key, data, other) = (EventKey([1; 16]), Fingerprint([1; 16]), Fingerprint([2; 16]));
-        let first = copies.turn(key).await;
-        assert_eq!(first.processed(data), None);
-        let (mut second, mut third) = (Box::pin(copies.turn(key)), Box::pin(copies.turn(key)));
-        assert!(second.as_mut().now_or_never().is_none() && third.as_mut().now_or_never().is_none());
-        first.end_processed(data, Duration::ZERO);
-        let mut fourth = Box::pin(copies.turn(key));
-        assert!(fourth.as_mut().now_or_never().is_none());
-        let second = second.await;
-        assert!(second.processed(data).is_some());
-        assert_eq!(second.processed(other), None, "other data under its id are a conflict, which the store tells");
-        drop(second);
-        let third = third.await;
-        assert!(third.processed(data).is_some());
-        drop(third);
-        assert_eq!(fourth.await.processed(data), None);
-        assert!(copies.lock().is_empty());
     }
 }

@@ -30,8 +30,6 @@ use crate::store::{History, Lease, Outcome, Recorded, Trouble};
 enum Step<'a> {
     /// Settle, and that was it.
     Settle(Settlement),
-    /// It was recorded as processed so long ago: ack.
-    Processed(Duration),
     /// Claim again at once: what we held is not ours any more, or is due.
     ClaimAgain,
     /// Claim again with the same token: whether our last write took place is unknown, and the answer tells.
@@ -59,16 +57,11 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         Read::Unfit(reason, error) => return p.set_aside_unrecorded(&delivery, reason, &error).await,
     };
     // Copies of one event in this process take turns: the second finds the first's record.
-    let turn = match p.turn(event.key, &delivery).await {
+    let _turn = match p.turn(event.key, &delivery).await {
         Turned::Yours(turn) => turn,
         Turned::Crowded(after) => return p.settle(&delivery, Settlement::Retry { after }).await.unwrap_or_default(),
         Turned::Over => return p.give_back(&delivery).await,
     };
-    if let Some(ago) = turn.processed(event.fingerprint).filter(|_| delivery.message.reopen().is_none()) {
-        drop(turn);
-        p.duplicate(Duplicate::Processed, ago);
-        return p.settle(&delivery, Settlement::Ack).await.unwrap_or_default();
-    }
     let mut request = p.request(&event, &delivery);
     let mut polls = Polls::default();
     let mut alone = None;
@@ -125,10 +118,6 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
         }
         match step {
             Step::Settle(settlement) => return p.settle(&delivery, settlement).await.unwrap_or_default(),
-            Step::Processed(ago) => {
-                turn.end_processed(event.fingerprint, ago);
-                return p.settle(&delivery, Settlement::Ack).await.unwrap_or_default();
-            }
             Step::Bury(..) | Step::Over => return,
             Step::AskAgain => continue,
             Step::ClaimAgain => {}
@@ -265,35 +254,22 @@ impl Shared {
         if event.unknown.take().is_some() && !dead {
             return self.after_record(Recorded::AlreadyDone);
         }
-        if dead {
-            self.duplicate(Duplicate::DeadLettered, ago);
-            Step::Settle(Settlement::Ack)
-        } else {
-            self.duplicate(Duplicate::Processed, ago);
-            Step::Processed(ago)
-        }
-    }
-
-    fn duplicate(&self, of: Duplicate, ago: Duration) {
+        let of = if dead { Duplicate::DeadLettered } else { Duplicate::Processed };
         self.view.counters.duplicates.one();
         self.observe(&Observed::Duplicate { of, ago: Some(ago) });
+        Step::Settle(Settlement::Ack)
     }
 
     /// A fenced holder does not drop its delivery, since nothing would bring it back: it claims again, as if the event
     /// were held by another, which it is.
     fn after_record(&self, answer: Recorded) -> Step<'static> {
         match answer {
-            Recorded::Done | Recorded::AlreadyDone => {
-                self.view.counters.processed.one();
-                Step::Processed(Duration::ZERO)
-            }
-            Recorded::Vanished => {
-                self.observe(&Observed::Vanished);
-                self.view.counters.processed.one();
-                Step::Settle(Settlement::Ack)
-            }
-            Recorded::Fenced => self.fenced(),
+            Recorded::Done | Recorded::AlreadyDone => {}
+            Recorded::Vanished => self.observe(&Observed::Vanished),
+            Recorded::Fenced => return self.fenced(),
         }
+        self.view.counters.processed.one();
+        Step::Settle(Settlement::Ack)
     }
 
     /// A failure: either recorded for another attempt, or doomed.

@@ -22,7 +22,7 @@ pub(super) struct Event {
     pub(super) route: usize,
     version: u32,
     pub(super) key: EventKey,
-    pub(super) fingerprint: Fingerprint,
+    fingerprint: Fingerprint,
     /// In a lock that is never taken, only opened by its owner: events need not be `Sync`, and a life must be `Send`.
     ready: Mutex<Option<Box<dyn Ready>>>,
     /// Crashes in its history that were told to the observer.
