@@ -72,10 +72,11 @@ impl KafkaBroker {
         (state.joined && state.phase != crate::state::Phase::Closing).then_some(state.assigned.len())
     }
 
-    /// Whether all that waited in this member's partitions has been fetched, retries apart, as of the last second or so.
+    /// Whether all that waited in this member's partitions has been fetched, retries apart, as far as their leaders have
+    /// told: a second ago or so, longer while one is away.
     ///
-    /// False until the group has told the member what it has, and until the servers have told where those partitions end:
-    /// with `false`, that nothing arrives does not mean that nothing is there.
+    /// False until the group has told the member what it has, and until each of those partitions was read to its end: with
+    /// `false`, that nothing arrives does not mean that nothing is there.
     pub fn is_caught_up(&self) -> bool {
         self.shared().is_some_and(|shared| shared.is_caught_up())
     }

@@ -117,7 +117,9 @@ impl ClientContext for Member {
                 let end = if partition.ls_offset >= 0 { partition.ls_offset } else { partition.hi_offset };
                 let stood = partition.committed_offset.max(partition.lo_offset);
                 if end >= 0 && stood >= 0 && state.at(place, partition.partition).is_some() {
-                    let known = End { end, stood, next: partition.next_offset };
+                    // Where it is not being fetched yet, these are from a former time. Its end was met since it is.
+                    let is_fetched = partition.fetch_state == "active" && partition.eof_offset >= end;
+                    let known = End { end, stood, is_reached: is_fetched && partition.next_offset >= end };
                     state.ends.insert((place, partition.partition), known);
                 }
             }

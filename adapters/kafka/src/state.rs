@@ -72,8 +72,8 @@ pub(crate) struct End {
     pub(crate) end: i64,
     /// Where the group stood when this member took it over.
     pub(crate) stood: i64,
-    /// What is fetched next.
-    pub(crate) next: i64,
+    /// Whether all before `end` was fetched, of a partition that is being fetched.
+    pub(crate) is_reached: bool,
 }
 
 /// What `receive` found.
@@ -230,10 +230,9 @@ impl Shared {
     pub(crate) fn is_caught_up(&self) -> bool {
         let state = self.lock();
         let mut mains = state.assigned.values().filter(|assignment| self.places.is_main(assignment.place));
-        let fetched = |known: &End| known.next >= known.end;
         state.joined
             && state.phase != Phase::Closing
-            && mains.all(|main| state.ends.get(&(main.place, main.partition)).is_some_and(fetched))
+            && mains.all(|main| state.ends.get(&(main.place, main.partition)).is_some_and(|known| known.is_reached))
     }
 }
 

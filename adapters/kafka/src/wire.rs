@@ -33,7 +33,9 @@ const NULL: u32 = u32::MAX;
 /// thread that polls would allocate for every record.
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
-    open: BytesMut,
+    shared: BytesMut,
+    /// Of one large record.
+    own: BytesMut,
 }
 
 /// A record as it was fetched, as one run of bytes: key, value, and the headers, each as the lengths of its name and its
@@ -41,6 +43,8 @@ pub(crate) struct Blocks {
 #[derive(Clone, Debug)]
 pub(crate) struct Raw {
     run: Bytes,
+    /// Whether its block holds others too.
+    is_shared: bool,
     key: Option<u32>,
     value: Option<u32>,
     headers: usize,
@@ -67,27 +71,47 @@ impl Blocks {
 
     fn begin(&mut self, key: Option<&[u8]>, value: Option<&[u8]>) -> Raw {
         let known = key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len);
-        if known > SHARED_MAX {
-            self.open = BytesMut::with_capacity(known + HEADERS_EXPECTED);
-        } else if self.open.capacity() < known + HEADERS_EXPECTED {
-            self.open = BytesMut::with_capacity(BLOCK);
+        let is_shared = known <= SHARED_MAX;
+        if !is_shared {
+            self.own = BytesMut::with_capacity(known + HEADERS_EXPECTED);
+        } else if self.shared.capacity() < known + HEADERS_EXPECTED {
+            self.shared = BytesMut::with_capacity(BLOCK);
         }
+        let (key_length, value_length) = (key.map(length), value.map(length));
+        let raw = Raw {
+            run: Bytes::new(),
+            is_shared,
+            key: key_length,
+            value: value_length,
+            headers: 0,
+            unreadable_header: false,
+        };
+        let block = self.of(&raw);
         for part in [key, value].into_iter().flatten() {
-            self.open.extend_from_slice(part);
+            block.extend_from_slice(part);
         }
-        Raw { run: Bytes::new(), key: key.map(length), value: value.map(length), headers: 0, unreadable_header: false }
+        raw
+    }
+
+    fn of(&mut self, raw: &Raw) -> &mut BytesMut {
+        if raw.is_shared { &mut self.shared } else { &mut self.own }
     }
 
     fn header(&mut self, raw: &mut Raw, name: &str, value: Option<&[u8]>) {
-        self.open.extend_from_slice(&length(name.as_bytes()).to_le_bytes());
-        self.open.extend_from_slice(&value.map_or(NULL, length).to_le_bytes());
-        self.open.extend_from_slice(name.as_bytes());
-        self.open.extend_from_slice(value.unwrap_or_default());
+        let block = self.of(raw);
+        block.extend_from_slice(&length(name.as_bytes()).to_le_bytes());
+        block.extend_from_slice(&value.map_or(NULL, length).to_le_bytes());
+        block.extend_from_slice(name.as_bytes());
+        block.extend_from_slice(value.unwrap_or_default());
         raw.headers += 1;
     }
 
     fn end(&mut self, mut raw: Raw) -> Raw {
-        raw.run = self.open.split().freeze();
+        raw.run = self.of(&raw).split().freeze();
+        if raw.run.len() > SHARED_MAX + HEADERS_EXPECTED {
+            // It may have outgrown its block: what is left of that would keep it for as long as small ones are there.
+            *self.of(&raw) = BytesMut::new();
+        }
         raw
     }
 }
@@ -166,8 +190,7 @@ impl Raw {
 
     /// Its message, with bytes of its own where it shares a block: whoever keeps one message keeps no others with it.
     pub(crate) fn message(&self, limits: &MessageLimits) -> Message {
-        let shares = self.run.len() <= SHARED_MAX + HEADERS_EXPECTED;
-        let own = |part: Bytes| if shares { Bytes::copy_from_slice(&part) } else { part };
+        let own = |part: Bytes| if self.is_shared { Bytes::copy_from_slice(&part) } else { part };
         let mut message = self.decoded(own(self.value().unwrap_or_default()), limits);
         let headers = std::mem::take(&mut message.headers);
         if !headers.is_empty() {
@@ -408,13 +431,34 @@ mod tests {
 
     #[test]
     fn whoever_keeps_a_small_message_keeps_no_others_with_it() {
-        for (size, shares) in [(100, false), (SHARED_MAX * 4, true)] {
-            let raw = Raw::of(None, Some(&vec![b'x'; size]), &[("x-tenant", "7")]);
-            let message = raw.message(&MessageLimits::DEFAULT);
+        let long = "7".repeat(SHARED_MAX);
+        for (size, header, shares) in [
+            (100, "7", false),
+            (SHARED_MAX, &*long, false),
+            (100, &*long.repeat(9), false),
+            (SHARED_MAX * 4, "7", true),
+        ] {
+            let raw = Raw::of(None, Some(&vec![b'x'; size]), &[("x-tenant", header)]);
+            let message = raw.message(&MessageLimits { header_bytes_max: usize::MAX, ..MessageLimits::DEFAULT });
             let within = |part: &Bytes| raw.run.as_ptr_range().contains(&part.as_ptr());
             assert_eq!(within(&message.data), shares);
             assert_eq!(message.headers.get("x-tenant").map(within), Some(shares));
         }
+    }
+
+    #[test]
+    fn a_large_record_neither_ends_a_shared_block_nor_keeps_what_is_left_of_one() {
+        let mut blocks = Blocks::default();
+        let mut copied = |value: &[u8], header: &str| {
+            let mut raw = blocks.begin(None, Some(value));
+            blocks.header(&mut raw, "h", Some(header.as_bytes()));
+            (blocks.end(raw), blocks.shared.capacity())
+        };
+        let (_, left) = copied(b"small", "");
+        assert!(left > BLOCK / 2);
+        assert_eq!(copied(&[0; SHARED_MAX * 4], "").1, left, "it has a block of its own");
+        assert!(copied(b"small", "").1 < left, "the shared one goes on");
+        assert_eq!(copied(b"small", &"7".repeat(BLOCK * 9)).1, 0, "what grew for one is not kept for the next");
     }
 
     #[test]
