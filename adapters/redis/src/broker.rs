@@ -3,7 +3,7 @@
 //! | contract | here |
 //! |---|---|
 //! | open | `XGROUP CREATE .. 0 MKSTREAM`, or a check |
-//! | receive | from a buffer that a task of its own fills: `XREADGROUP .. >` on a connection of its own; `XAUTOCLAIM` for what others lost |
+//! | receive | from a buffer that a task of its own fills: `XREADGROUP .. >` on a connection of its own; `XPENDING`, `XCLAIM` for what others lost |
 //! | between | `XCLAIM .. JUSTID` keeps what is in hand ours, where the pending list says that it is |
 //! | ack | a script: still ours? then `XACK`, many ids at once |
 //! | release | a script: `XCLAIM` to the name `hapax.given-back`, idle for long, so that any member takes it at once |
@@ -268,12 +268,12 @@ async fn close(mut running: Running, forget: bool) -> Result<()> {
         for source in &c.sources {
             let most = GIVE_BACK_MAX.to_string();
             let forget = if forget { "forget" } else { "keep" };
-            let arguments = [&*c.settings.group, &*c.member, PARKING, forget, &most];
+            let mut from = "-".to_owned();
             loop {
+                let arguments = [&*c.settings.group, &*c.member, PARKING, forget, &most, &from];
                 let reply = c.link.run("close", &c.scripts.give_back, &[&*source.key], &arguments).await?;
-                if entry::number(&reply).unwrap_or(0) < GIVE_BACK_MAX as i64 {
-                    break;
-                }
+                let Some(last) = entry::entry_id(reply) else { break };
+                from = format!("({last}");
             }
         }
         Ok(())

@@ -224,6 +224,24 @@ async fn an_entry_trimmed_in_the_hand_of_one_that_died_is_reported() {
     assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
 }
 
+/// Another member's sweeps do not take it from a holder that lives.
+#[tokio::test]
+async fn an_entry_trimmed_in_hand_stays_its_holders_while_others_sweep() {
+    let stream = unique("in-hand-swept");
+    let first = member(&stream).await;
+    publish(&stream, 0..2).await;
+    let held = receive(&first, 2).await;
+    let other = member(&stream).await;
+    let client = Client::connect().await;
+    client.command(&["XTRIM", &stream, "MAXLEN", "0"]).await;
+    silence(&other, TAKE_OVER * 2).await;
+    settle(&first, held[0].receipt, Settlement::DeadLetter(letter())).await;
+    settle(&first, held[1].receipt, Settlement::Release { counted: true }).await;
+    let letters = client.messages(first.dead_letter_streams()[0]).await;
+    assert_eq!(letters.iter().map(|one| &one.data[..]).collect::<Vec<_>>(), [b"0"]);
+    assert_eq!(client.pending(&stream).await, 0);
+}
+
 /// Its holder closed with the only copy, unsettled: that is reported too, by whoever takes it over, and the rest is given back.
 #[tokio::test]
 async fn an_entry_trimmed_in_the_hand_of_one_that_closes_is_reported() {
@@ -233,6 +251,8 @@ async fn an_entry_trimmed_in_the_hand_of_one_that_closes_is_reported() {
     let held = receive(&first, 2).await;
     let client = Client::connect().await;
     client.command(&["XTRIM", &stream, "MAXLEN", "1"]).await;
+    // Its own sweeps come and go.
+    tokio::time::sleep(TAKE_OVER * 2).await;
     first.close().await.expect("it closes");
     drop(held);
     let other = member(&stream).await;

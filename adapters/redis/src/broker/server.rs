@@ -7,7 +7,7 @@ use super::entry::{bytes, items};
 use super::places::Place;
 use crate::connect::Link;
 
-/// The oldest server whose XAUTOCLAIM tells what was trimmed away.
+/// The oldest server that is tested; what those before do with entries that were trimmed away differs.
 const OLDEST: (u32, u32) = (7, 0);
 
 /// Refuses a server that is too old, and answers how durable it is. Where the rights to ask are missing it is taken for one

@@ -275,7 +275,9 @@ impl Table {
     /// What has waited in the buffer for so long that others should have it.
     pub(super) fn stale_waiting(&self, longest: Duration, now: Instant) -> Vec<(u64, Key)> {
         let held = self.buffer.iter().filter_map(|receipt| Some((*receipt, self.held.get(receipt)?)));
-        held.filter(|(_, held)| held.standing == Standing::Ours && now.saturating_duration_since(held.since) >= longest)
+        // What was trimmed meanwhile goes back too, as a copy.
+        let is_settled = |held: &Held| matches!(held.standing, Standing::Ours | Standing::Trimmed);
+        held.filter(|(_, held)| is_settled(held) && now.saturating_duration_since(held.since) >= longest)
             .map(|(receipt, held)| (receipt, held.key))
             .collect()
     }
