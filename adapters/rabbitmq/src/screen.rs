@@ -1,11 +1,12 @@
 //! What RabbitMQ sends, screened before lapin reads it.
 //!
 //! lapin reads nested headers by recursion on a thread of its own, so one message of another client, a few thousand arrays in
-//! one another, overflows a stack, which ends the process, and does so again at the next delivery. A name that is no UTF-8, or a
-//! header frame that RabbitMQ made larger than agreed, ends the connection each time. Here such a message is mended and marked,
-//! arrives, and goes to the dead letters. Everything else passes as it is.
+//! one another, overflows a stack, which ends the process, and does so again at the next delivery. A name or a routing key that
+//! is no UTF-8, or a header frame that RabbitMQ made larger than agreed, ends the connection each time. Here such a message is
+//! mended and arrives; where its headers were changed it is marked, and goes to the dead letters. The rest passes as it is.
 
 mod header;
+mod method;
 
 use std::io;
 use std::net::SocketAddr;
@@ -145,8 +146,7 @@ impl Screen {
             let Some(head) = self.bytes.get(self.ready..self.ready + HEAD_BYTES) else { return Ok(()) };
             let (kind, size) = (head[0], u32::from_be_bytes([head[3], head[4], head[5], head[6]]) as usize);
             let whole = size.saturating_add(HEAD_BYTES + 1);
-            let is_looked_at = kind == HEADER || (kind == METHOD && head[1..3] == [0, 0]);
-            if !is_looked_at {
+            if kind != HEADER && kind != METHOD {
                 self.passing = whole;
                 continue;
             }
@@ -158,6 +158,11 @@ impl Screen {
             }
             let frame = self.ready..self.ready + whole;
             if kind == METHOD {
+                if method::mend(&mut self.bytes[frame.clone()]) {
+                    tracing::warn!(
+                        "RabbitMQ: the routing key of a message, or an explanation, is no UTF-8; it is read with `?`"
+                    );
+                }
                 self.hear_tune(frame);
                 self.ready += whole;
                 continue;

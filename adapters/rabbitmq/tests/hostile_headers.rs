@@ -7,8 +7,11 @@ mod rabbit;
 use std::time::Duration;
 
 use hapax::{Broker, DefectKind, Settlement};
+use hapax_rabbitmq::lapin::ExchangeKind;
+use hapax_rabbitmq::lapin::options::{ExchangeDeclareOptions, QueueBindOptions};
+use hapax_rabbitmq::lapin::types::FieldTable;
 use rabbit::raw::{self, Raw};
-use rabbit::{Rabbit, ids, letter, receive, settle};
+use rabbit::{Rabbit, ids, letter, receive, settle, short};
 
 /// Arrays in arrays, `depth` of them.
 fn nested(tag: u8, depth: usize) -> Vec<u8> {
@@ -77,6 +80,39 @@ async fn tables_nested_without_end_do_not_end_the_process() {
 #[tokio::test]
 async fn a_name_that_is_no_utf_8_does_not_hold_up_the_queue() {
     arrives_and_is_set_aside(&[(b"sound", raw::text(b"x")), (b"\xe9t\xe9", raw::text(b"x"))]).await;
+}
+
+/// RabbitMQ looks at no routing key of a message, and every binding of a fanout exchange takes it; lapin ends the connection
+/// over a key that is no UTF-8.
+#[tokio::test]
+async fn a_routing_key_that_is_no_utf_8_does_not_hold_up_the_queue() {
+    let rabbit = Rabbit::fresh();
+    let broker = rabbit.opened().await;
+    let connection = rabbit.connection().await;
+    let channel = connection.create_channel().await.expect("a channel");
+    let options = ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
+    let (exchange, table) = (short(&format!("{}.all", rabbit.queue)), FieldTable::default());
+    channel
+        .exchange_declare(exchange.clone(), ExchangeKind::Fanout, options, table.clone())
+        .await
+        .expect("an exchange");
+    let bound =
+        channel.queue_bind(short(&rabbit.queue), exchange.clone(), "".into(), QueueBindOptions::default(), table);
+    bound.await.expect("a binding");
+    let mut raw = Raw::connect(rabbit.url.expose()).await;
+    raw.publish_with(exchange.as_str(), b"\xe9t\xe9", 0, &raw::table(&[(b"sound", raw::text(b"x"))]), b"body").await;
+    rabbit.publish([7]).await;
+    let mut held = receive(&broker, 2).await;
+    let (neighbour, foreign) = (held.remove(1), held.remove(0));
+    assert_eq!((&foreign.message.data[..], foreign.message.headers.get_str("sound")), (&b"body"[..], Some("x")));
+    assert_eq!((foreign.session.id(), ids(&[neighbour.clone()])), (neighbour.session.id(), vec!["7".into()]));
+    settle(&broker, neighbour.receipt, Settlement::Ack).await.expect("it is acked");
+    settle(&broker, foreign.receipt, Settlement::Retry { after: Duration::from_millis(500) }).await.expect("it waits");
+    let again = receive(&broker, 1).await.remove(0);
+    settle(&broker, again.receipt, letter()).await.expect("it is set aside");
+    broker.close().await.expect("it closes");
+    assert_eq!((rabbit.messages(&rabbit.queue).await, rabbit.messages(&rabbit.dead()).await), (Some(0), Some(1)));
+    connection.close(200, "done".into()).await.expect("it closes");
 }
 
 /// RabbitMQ adds its count of deliveries, and sends a frame that is larger than what was agreed; lapin ends the connection.

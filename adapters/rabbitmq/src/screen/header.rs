@@ -35,9 +35,9 @@ pub(super) struct Malformed;
 
 /// What had to be changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Changed {
+pub(super) struct Changed {
     nested: bool,
-    text: bool,
+    pub(super) text: bool,
     large: bool,
 }
 
@@ -132,14 +132,14 @@ fn mark(changed: Changed) -> Vec<u8> {
 }
 
 /// Goes through a frame once, from front to back, and mends as it goes.
-struct Cursor<'a> {
-    bytes: &'a mut [u8],
-    at: usize,
-    changed: &'a mut Changed,
+pub(super) struct Cursor<'a> {
+    pub(super) bytes: &'a mut [u8],
+    pub(super) at: usize,
+    pub(super) changed: &'a mut Changed,
 }
 
 impl Cursor<'_> {
-    fn skip(&mut self, bytes: usize, end: usize) -> Result<&mut [u8], Malformed> {
+    pub(super) fn skip(&mut self, bytes: usize, end: usize) -> Result<&mut [u8], Malformed> {
         let to = self.at.checked_add(bytes).filter(|to| *to <= end).ok_or(Malformed)?;
         let skipped = &mut self.bytes[self.at..to];
         self.at = to;
@@ -155,7 +155,7 @@ impl Cursor<'_> {
     }
 
     /// A short string, which lapin takes as UTF-8 only.
-    fn short(&mut self, end: usize) -> Result<(), Malformed> {
+    pub(super) fn short(&mut self, end: usize) -> Result<(), Malformed> {
         let length = usize::from(self.skip(1, end)?[0]);
         let text = self.skip(length, end)?;
         let mut from = 0;

@@ -55,8 +55,13 @@ impl Raw {
 
     /// Publishes through the default exchange and waits for the confirm. `headers` is a table with its length.
     pub(crate) async fn publish(&mut self, queue: &str, headers: &[u8], body: &[u8]) {
-        self.method(1, 60, 40, &[&[0, 0][..], &short(b""), &short(queue.as_bytes()), &[0]]).await;
-        let flags = 0b0010_0000_0000_0000_u16.to_be_bytes();
+        self.publish_with("", queue.as_bytes(), 0, headers, body).await;
+    }
+
+    /// The same through an exchange, with any bytes as the key and further flags of properties.
+    pub(crate) async fn publish_with(&mut self, exchange: &str, key: &[u8], flags: u16, headers: &[u8], body: &[u8]) {
+        self.method(1, 60, 40, &[&[0, 0][..], &short(exchange.as_bytes()), &short(key), &[0]]).await;
+        let flags = (flags | (1 << 13)).to_be_bytes();
         let size = (body.len() as u64).to_be_bytes();
         let header = [&[0, 60, 0, 0][..], &size, &flags, headers].concat();
         assert!(header.len() + 8 <= self.frame_max, "{} bytes", header.len());
