@@ -71,7 +71,8 @@ pub(super) fn mend(frame: &mut [u8], bytes_max: usize) -> Result<Option<Vec<u8>>
             parts.behind = cursor.at..end;
         }
     }
-    if flags & 0b11 != 0 || cursor.at != end {
+    // The two lowest flags mean nothing, to RabbitMQ and to lapin.
+    if cursor.at != end {
         return Err(Malformed);
     }
     changed.large = frame.len() > bytes_max;

@@ -104,6 +104,14 @@ fn a_message_without_headers_is_marked_too() {
     assert_eq!(mended(&bare, usize::MAX), Ok(Some([&[2, 0, 1][..], &long(&payload), &[0xce]].concat())));
 }
 
+/// RabbitMQ and lapin look at neither of the two lowest flags: a message is not held up over them.
+#[test]
+fn flags_that_mean_nothing_are_no_fault() {
+    let mut sent = frame(b"t", &[entry(b"a", b"V")]);
+    sent[HEAD_BYTES + FIXED_BYTES - 1] |= 0b11;
+    assert_eq!(mended(&sent, usize::MAX), Ok(None));
+}
+
 #[test]
 fn lengths_that_lie_are_told() {
     let sound = frame(b"t", &[entry(b"a", &array(b"V"))]);
