@@ -19,6 +19,9 @@ use crate::{error, screen};
 const HEARTBEAT_S: u16 = 10;
 /// RabbitMQ's own default: what others may send with it must fit, and a dead letter with its reason too.
 const FRAME_BYTES_MIN: u32 = 131_072;
+/// What is asked for unless the URL says less. lapin sets buffers of many frames aside; without a bound on either side they are of
+/// 4 GiB each.
+const FRAME_BYTES_MAX: u32 = 1_048_576;
 const PARAMETERS: [&str; 5] = ["heartbeat", "frame_max", "channel_max", "connection_timeout", "auth_mechanism"];
 
 /// The nodes of one RabbitMQ, and what it takes to reach them.
@@ -148,6 +151,12 @@ fn node(url: &str) -> Result<AMQPUri> {
         let why = "url: frame_max is less than 131072: RabbitMQ delivers all headers of a message in one frame, whatever was agreed";
         return Err(wrong(why.into()));
     }
+    if node.query.frame_max.is_some_and(|most| most > FRAME_BYTES_MAX) {
+        let why =
+            "url: frame_max is more than 1048576, and memory for many frames is set aside; leave it out, or take less";
+        return Err(wrong(why.into()));
+    }
+    node.query.frame_max = node.query.frame_max.filter(|most| *most != 0).or(Some(FRAME_BYTES_MAX));
     node.query.heartbeat.get_or_insert(HEARTBEAT_S);
     Ok(node)
 }
@@ -181,6 +190,17 @@ mod tests {
     #[test]
     fn an_ipv6_address_is_not_localhost() {
         assert_eq!(parsed("amqp://shop:c4nary@[fd00::7]:5673/x").unwrap().nodes[0].authority.host, "fd00::7");
+    }
+
+    /// lapin sets buffers aside for what was agreed, 4 GiB where neither side names a size.
+    #[test]
+    fn frames_have_a_bound_whatever_the_server_says() {
+        for url in ["amqp://mq/x", "amqp://mq/x?frame_max=0", "amqp://mq/x?frame_max=1048576"] {
+            assert_eq!(parsed(url).unwrap().nodes[0].query.frame_max, Some(1_048_576), "{url}");
+        }
+        assert_eq!(parsed("amqp://mq/x?frame_max=131072").unwrap().nodes[0].query.frame_max, Some(131_072));
+        let error = parsed("amqp://mq/x?frame_max=1048577").unwrap_err();
+        assert!(error.to_string().contains("frame_max is more than 1048576"), "{error}");
     }
 
     #[test]
