@@ -195,7 +195,7 @@ pub(crate) fn set_aside(properties: &BasicProperties, letter: &DeadLetter) -> Ba
     copy.with_headers(table.into())
 }
 
-/// About how many bytes the headers take on the wire.
+/// How many bytes the headers take on the wire.
 pub(crate) fn header_bytes(properties: &BasicProperties) -> usize {
     let table = properties.headers().as_ref();
     table.into_iter().flat_map(|table| table.inner()).map(|(name, value)| weight(name, value)).sum()
@@ -203,13 +203,21 @@ pub(crate) fn header_bytes(properties: &BasicProperties) -> usize {
 
 fn weight(name: &ShortString, value: &AMQPValue) -> usize {
     fn of(value: &AMQPValue) -> usize {
-        5 + match value {
-            AMQPValue::LongString(text) => text.len(),
-            AMQPValue::ShortString(text) => text.as_str().len(),
-            AMQPValue::ByteArray(bytes) => bytes.len(),
-            AMQPValue::FieldArray(array) => array.as_slice().iter().map(of).sum(),
-            AMQPValue::FieldTable(table) => table.inner().iter().map(|(name, value)| weight(name, value)).sum(),
-            _ => 8,
+        // A tag; texts, arrays and tables have a length of four bytes besides.
+        1 + match value {
+            AMQPValue::Void => 0,
+            AMQPValue::Boolean(_) | AMQPValue::ShortShortInt(_) | AMQPValue::ShortShortUInt(_) => 1,
+            AMQPValue::ShortInt(_) | AMQPValue::ShortUInt(_) => 2,
+            AMQPValue::LongInt(_) | AMQPValue::LongUInt(_) | AMQPValue::Float(_) => 4,
+            AMQPValue::DecimalValue(_) => 5,
+            AMQPValue::LongLongInt(_) | AMQPValue::Double(_) | AMQPValue::Timestamp(_) => 8,
+            AMQPValue::ShortString(text) => 1 + text.as_str().len(),
+            AMQPValue::LongString(text) => 4 + text.len(),
+            AMQPValue::ByteArray(bytes) => 4 + bytes.len(),
+            AMQPValue::FieldArray(array) => 4 + array.as_slice().iter().map(of).sum::<usize>(),
+            AMQPValue::FieldTable(table) => {
+                4 + table.inner().iter().map(|(name, value)| weight(name, value)).sum::<usize>()
+            }
         }
     }
     name.as_str().len() + 1 + of(value)

@@ -261,3 +261,26 @@ fn deliveries_are_counted_from_one_where_the_queue_counts() {
     assert_eq!(deliveries(&counted(-1), true), Some(u32::MAX));
     assert_eq!(deliveries(&with(&[]), true), None, "a classic queue does not count");
 }
+
+/// What is thought larger than it is waits for ever, since no retry of it is sent.
+#[test]
+fn headers_weigh_what_they_take_on_the_wire() {
+    let many = AMQPValue::FieldArray(vec![AMQPValue::Boolean(true); 10_000].into());
+    let scalars = AMQPValue::FieldArray(
+        vec![
+            AMQPValue::Void,
+            AMQPValue::ShortInt(1),
+            AMQPValue::LongInt(1),
+            AMQPValue::LongLongInt(1),
+            AMQPValue::Timestamp(1),
+        ]
+        .into(),
+    );
+    let text = AMQPValue::LongString(b"12345".to_vec().into());
+    let mut table = FieldTable::default();
+    for (name, value) in [("many", many), ("scalars", scalars), ("text", text)] {
+        table.insert(name.into(), value);
+    }
+    let expected = (5 + 5 + 20_000) + (8 + 5 + 1 + 3 + 5 + 9 + 9) + (5 + 5 + 5);
+    assert_eq!(header_bytes(&BasicProperties::default().with_headers(table)), expected);
+}
