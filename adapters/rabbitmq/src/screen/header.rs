@@ -79,6 +79,12 @@ pub(super) fn mend(frame: &mut [u8], bytes_max: usize) -> Result<Option<Vec<u8>>
     if changed == Changed::default() {
         return Ok(None);
     }
+    if changed.large {
+        parts.leave_out_servers(frame, bytes_max);
+        if !changed.nested && !changed.text && parts.bytes(0) <= bytes_max {
+            return Ok(Some(parts.together(frame, flags, &[])));
+        }
+    }
     Ok(Some(parts.marked(frame, flags, changed, bytes_max)))
 }
 
@@ -91,27 +97,55 @@ struct Parts {
 }
 
 impl Parts {
+    /// So large is the frame with a mark of this size.
+    fn bytes(&self, mark: usize) -> usize {
+        let table: usize = self.entries.iter().map(ExactSizeIterator::len).sum();
+        HEAD_BYTES + FIXED_BYTES + self.before.len() + 4 + table + mark + self.behind.len() + 1
+    }
+
+    /// Without what RabbitMQ wrote itself, as far as that is needed: what its sender wrote was sound, and may have been handled.
+    fn leave_out_servers(&mut self, frame: &[u8], bytes_max: usize) {
+        let is_count = |name: &[u8]| name == b"x-delivery-count";
+        let is_history = |name: &[u8]| {
+            name == b"x-death"
+                || name == b"x-acquired-count"
+                || name.starts_with(b"x-first-death-")
+                || name.starts_with(b"x-last-death-")
+        };
+        for is_left_out in [is_history as fn(&[u8]) -> bool, is_count] {
+            if self.bytes(0) > bytes_max {
+                self.entries.retain(|entry| {
+                    let entry = &frame[entry.clone()];
+                    !entry.get(1..=usize::from(entry[0])).is_some_and(is_left_out)
+                });
+            }
+        }
+    }
+
     /// Put together again with a mark; without its largest entries where all would be too large.
     fn marked(mut self, frame: &[u8], flags: u16, changed: Changed, bytes_max: usize) -> Vec<u8> {
         let mark = mark(changed);
-        let others = HEAD_BYTES + FIXED_BYTES + self.before.len() + 4 + mark.len() + self.behind.len() + 1;
-        let mut table: usize = self.entries.iter().map(ExactSizeIterator::len).sum();
-        while others + table > bytes_max {
+        while self.bytes(mark.len()) > bytes_max {
             let largest = (0..self.entries.len()).max_by_key(|at| self.entries[*at].len());
             let Some(largest) = largest else { break };
-            table -= self.entries.remove(largest).len();
+            self.entries.remove(largest);
         }
-        let fixed = &frame[HEAD_BYTES..HEAD_BYTES + FIXED_BYTES - 2];
+        self.together(frame, flags, &mark)
+    }
+
+    fn together(self, frame: &[u8], flags: u16, mark: &[u8]) -> Vec<u8> {
+        let bytes = self.bytes(mark.len());
+        let table: usize = self.entries.iter().map(ExactSizeIterator::len).sum();
         let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX).to_be_bytes();
-        let mut out = Vec::with_capacity(others + table);
+        let mut out = Vec::with_capacity(bytes);
         out.extend_from_slice(&frame[..3]);
-        out.extend(length(others + table - HEAD_BYTES - 1));
-        out.extend_from_slice(fixed);
+        out.extend(length(bytes - HEAD_BYTES - 1));
+        out.extend_from_slice(&frame[HEAD_BYTES..HEAD_BYTES + FIXED_BYTES - 2]);
         out.extend((flags | HAS_TABLE).to_be_bytes());
         out.extend_from_slice(&frame[self.before]);
         out.extend(length(table + mark.len()));
         self.entries.into_iter().for_each(|entry| out.extend_from_slice(&frame[entry]));
-        out.extend(mark);
+        out.extend_from_slice(mark);
         out.extend_from_slice(&frame[self.behind.start..]);
         out
     }
