@@ -105,7 +105,10 @@ async fn a_routing_key_that_is_no_utf_8_does_not_hold_up_the_queue() {
     let mut held = receive(&broker, 2).await;
     let (neighbour, foreign) = (held.remove(1), held.remove(0));
     assert_eq!((&foreign.message.data[..], foreign.message.headers.get_str("sound")), (&b"body"[..], Some("x")));
-    assert_eq!((foreign.session.id(), ids(&[neighbour.clone()])), (neighbour.session.id(), vec!["7".into()]));
+    assert_eq!(
+        (foreign.session.id(), ids(std::slice::from_ref(&neighbour))),
+        (neighbour.session.id(), vec!["7".into()])
+    );
     settle(&broker, neighbour.receipt, Settlement::Ack).await.expect("it is acked");
     settle(&broker, foreign.receipt, Settlement::Retry { after: Duration::from_millis(500) }).await.expect("it waits");
     let again = receive(&broker, 1).await.remove(0);
