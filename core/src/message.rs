@@ -360,3 +360,16 @@ impl fmt::Debug for Message {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_attributes_take_no_memory_of_their_own_and_read_like_any_other() {
+        assert!(matches!(kept("ce_id".to_owned()), Cow::Borrowed("ce_id")));
+        assert!(matches!(kept("x-tenant"), Cow::Owned(_)));
+        let headers: Headers = [("ce_id", "1"), ("x-tenant", "7")].into_iter().collect();
+        assert_eq!([headers.get_str("ce_id"), headers.get_str("x-tenant")], [Some("1"), Some("7")]);
+    }
+}

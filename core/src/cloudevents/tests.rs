@@ -673,7 +673,7 @@ fn any_message(rng: &mut fastrand::Rng) -> Message {
 }
 
 #[test]
-fn names_that_the_bindings_write_take_no_memory_of_their_own() {
+fn names_that_the_bindings_write_are_known() {
     for convention in [Convention::KAFKA, Convention::RABBITMQ] {
         for name in NAMES.into_iter().chain([SPEC_VERSION]) {
             let name = format!("{}{name}", convention.prefix);
