@@ -79,7 +79,7 @@ async fn no_commit_after_lost() {
     cluster.topic.until_committed(2).await;
     // Done, and not committed for a long while.
     ack(&broker, &held[2..4]).await;
-    cluster.mock.request_errors(RDKafkaApiKey::Heartbeat, &[Refusal::RD_KAFKA_RESP_ERR_UNKNOWN_MEMBER_ID; 3]);
+    cluster.mock.request_errors(RDKafkaApiKey::Heartbeat, &[Refusal::RD_KAFKA_RESP_ERR_UNKNOWN_MEMBER_ID]);
     let mut drained = false;
     until("the session ends", || {
         drained |= held[5].session.state() == SessionState::Draining;
