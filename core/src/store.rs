@@ -12,7 +12,7 @@ use async_trait::async_trait;
 
 use crate::broker::Durability;
 use crate::dead_letter::Reason;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Remembers what was done. Every method can be called from several tasks and processes at once and can be repeated:
 /// a call whose answer was lost is sent again as it was.
@@ -119,6 +119,30 @@ pub trait TransactionalStore: ProcessedStore + Clone {
 
     /// Commits. [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) where the answer was lost.
     async fn commit(&self, lent: Self::Lent) -> Result<()>;
+
+    /// [`record_in`](Self::record_in) and [`commit`](Self::commit) at once, for stores that can save a round trip. Commits
+    /// only where each answer is [`Recorded::Done`] or [`Recorded::Vanished`]; otherwise everything is rolled back.
+    ///
+    /// # Contract
+    /// - After [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) it may have been committed; after any other error it was not.
+    /// - The same answers and effects as the two calls (`recording_and_committing_at_once_is_both`).
+    async fn record_and_commit(&self, mut lent: Self::Lent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+        let answers = self.record_in(&mut lent, batch).await?;
+        if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
+            self.commit(lent).await.map_err(|error| match error.kind() {
+                ErrorKind::Rejected | ErrorKind::Unknown => error,
+                _ => Error::new(ErrorKind::Unknown, "commit").because(error.to_string()).with_source(error),
+            })?;
+        }
+        Ok(answers)
+    }
+
+    /// This store for a consumer all of whose handlers are transactional: a crash of its server may take back a claim that
+    /// was granted shortly before, since whoever claims the event then fences the first holder's transaction off. What is
+    /// committed or recorded is as durable as ever.
+    fn for_transactions(&self) -> Self {
+        self.clone()
+    }
 }
 
 /// Looking into a store and tidying it: for operators, not for the runtime.

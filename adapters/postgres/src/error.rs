@@ -13,6 +13,7 @@ pub(crate) mod code {
     pub(crate) const SERIALIZATION_FAILURE: &str = "40001";
     pub(crate) const DEADLOCK_DETECTED: &str = "40P01";
     pub(crate) const QUERY_CANCELED: &str = "57014";
+    pub(crate) const NO_TRANSACTION: &str = "25P01";
     pub(crate) const IDLE_IN_TRANSACTION: &str = "25P03";
     pub(crate) const UNDEFINED_TABLE: &str = "42P01";
     pub(crate) const UNDEFINED_COLUMN: &str = "42703";
@@ -23,6 +24,8 @@ pub(crate) mod code {
     pub(crate) const UNKNOWN_STATEMENT: &str = "26000";
     /// `PREPARE` of one that is.
     pub(crate) const KNOWN_STATEMENT: &str = "42P05";
+    /// What `finish.sql` runs into where it did not write its mark.
+    pub(crate) const DIVISION_BY_ZERO: &str = "22012";
     /// Among others a prepared statement whose answer would have another shape than before.
     pub(crate) const NOT_SUPPORTED: &str = "0A000";
 }
@@ -107,7 +110,18 @@ impl Fault {
             // Deferred constraints, their triggers and the like: what the handler wrote is refused.
             Some(_) if told.kind == ErrorKind::Rejected => told,
             Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED) => told,
+            // It took longer than it may.
+            Some(code::LOCK_NOT_AVAILABLE | code::QUERY_CANCELED) => told,
             _ => Self { kind: ErrorKind::Unknown, ..told },
+        }
+    }
+
+    /// The same, where the server chose between transactions and refused this one: whoever asks again runs the handler
+    /// again, which counts as an attempt.
+    pub(crate) fn commit_unknown(self) -> Self {
+        match self.code.as_deref() {
+            Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED) => Self { kind: ErrorKind::Unknown, ..self },
+            _ => self,
         }
     }
 

@@ -59,6 +59,7 @@ mod statements;
 mod store;
 mod sweep;
 mod template;
+mod turns;
 mod tx;
 
 pub use schema::SCHEMA_VERSION;

@@ -62,10 +62,14 @@ fn check_mark(replies: &Replies, mark: u64) -> Result<(), Fault> {
     if found.and_then(|found| found.parse().ok()) == Some(mark) {
         return Ok(());
     }
-    Err(Fault::rejected(
+    Err(ended_by_handler())
+}
+
+pub(crate) fn ended_by_handler() -> Fault {
+    Fault::rejected(
         "the handler ended hapax' transaction with a COMMIT or ROLLBACK of its own: what it wrote is not bound to the \
          record; leave it out, or take a savepoint",
-    ))
+    )
 }
 
 /// Records a batch. What was not written is looked at in a second message, which also writes anew what has vanished.

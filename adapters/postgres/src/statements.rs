@@ -79,6 +79,7 @@ pub(crate) struct Statements {
     locked: Template,
     open: Template,
     transaction: Template,
+    finish: Template,
     sweep: Template,
     lock_timeout: i64,
     statement_timeout: i64,
@@ -111,6 +112,7 @@ impl Statements {
             locked: whole(include_str!("../sql/locked.sql")),
             open: whole(include_str!("../sql/open.sql")),
             transaction: whole(include_str!("../sql/transaction.sql")),
+            finish: whole(include_str!("../sql/finish.sql")),
             sweep: whole(include_str!("../sql/sweep.sql")),
             // Zero would mean for ever.
             lock_timeout: (micros(lock_timeout) / 1_000).max(1),
@@ -118,10 +120,14 @@ impl Statements {
         }
     }
 
-    /// Asks for `batch`, which is in the order of its ids: claims what was never seen, and reads the rest.
-    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration, form: Form) -> String {
+    /// Asks for `batch`, which is in the order of its ids: claims what was never seen, and reads the rest. What is claimed
+    /// is on disk when the answer comes, if `waits`.
+    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration, form: Form, waits: bool) -> String {
         let ids: Vec<Id> = batch.iter().map(|request| (request.key, request.consumer)).collect();
         let mut out = self.guarded(2_560 + batch.len() * 160, self.lock_timeout, "force_generic_plan");
+        if !waits {
+            out.push_str("SET LOCAL synchronous_commit = off; ");
+        }
         Self::fill_claim(self.claim.template(form), &mut out, batch, &ids, lease);
         out
     }
@@ -222,6 +228,20 @@ impl Statements {
     pub(crate) fn begin(&self, mark: u64) -> String {
         let mut out = String::new();
         self.transaction.write(&mut out, |_, out| out.push_str(&mark.to_string()));
+        out
+    }
+
+    /// Marks one event as processed and ends the handler's transaction that bears `mark`.
+    pub(crate) fn finish(&self, held: &Lease, mark: u64) -> String {
+        let mut out = String::with_capacity(1_024);
+        self.finish.write(&mut out, |hole, out| match hole {
+            "lock_timeout" => number(out, self.lock_timeout),
+            "statement_timeout" => number(out, self.statement_timeout),
+            "key" => uuid(out, held.key.0),
+            "consumer" => number(out, consumer_number(held.consumer)),
+            "fence" => number(out, fence(held)),
+            _ => out.push_str(&mark.to_string()),
+        });
         out
     }
 

@@ -11,7 +11,6 @@ use hapax::{
 };
 use sqlx::{PgPool, Row};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::error::{Fault, code};
@@ -21,6 +20,7 @@ use crate::rows::{self, SOON, Seen, not_granted};
 use crate::statements::{Id, PRELUDE, ROWS, Statements, distinct};
 use crate::sweep::{self, Sweeper};
 use crate::template::Schema;
+use crate::turns::Turns;
 use crate::tx::{self, PgLent, PgTx};
 use crate::{health, schema};
 
@@ -117,7 +117,7 @@ impl PostgresStoreBuilder {
                 None => schema::is_direct(&lines).await?,
             }
         };
-        let lines = Lines::new(self.pool, self.statement_timeout + NETWORK, runtime);
+        let lines = Lines::new(self.pool, self.statement_timeout + NETWORK, runtime.clone());
         let lines = Arc::new(if prepares { lines.prepare() } else { lines });
         let statements = Arc::new(Statements::new(&schema, self.lock_timeout, self.statement_timeout));
         let sweep_fault = Arc::new(Mutex::new(None));
@@ -126,8 +126,9 @@ impl PostgresStoreBuilder {
             let sweeper = Sweeper::new(Arc::clone(&lines), Arc::clone(&statements), &schema, Arc::clone(&sweep_fault));
             tasks.push(tokio::spawn(sweeper.run(self.sweep_every)));
         }
-        let turns = Arc::new(Semaphore::new(tx::turns(lines.pool())));
-        Ok(PostgresStore(Arc::new(Inner { lines, statements, schema, sweep_fault, turns, tasks })))
+        let turns = Arc::new(Turns::new(lines.pool().clone(), runtime));
+        let inner = Arc::new(Inner { lines, statements, schema, sweep_fault, turns, tasks });
+        Ok(PostgresStore { inner, waits_for_claims: true })
     }
 }
 
@@ -151,7 +152,11 @@ impl fmt::Debug for PostgresStoreBuilder {
 /// Consumers that share a pool take clones of one store: together their handlers leave two of its connections for claims,
 /// renewals and records. Two stores on one pool know nothing of each other, so give each a pool of its own.
 #[derive(Clone, Debug)]
-pub struct PostgresStore(Arc<Inner>);
+pub struct PostgresStore {
+    inner: Arc<Inner>,
+    /// Whether a claim is on disk before it is granted.
+    waits_for_claims: bool,
+}
 
 struct Inner {
     lines: Arc<Lines>,
@@ -159,7 +164,7 @@ struct Inner {
     schema: Schema,
     sweep_fault: Arc<Mutex<Option<Fault>>>,
     /// Transactions of handlers at once, over all clones.
-    turns: Arc<Semaphore>,
+    turns: Arc<Turns>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -222,23 +227,23 @@ impl PostgresStore {
 
     /// The pool it was given.
     pub fn pool(&self) -> &PgPool {
-        self.0.lines.pool()
+        self.inner.lines.pool()
     }
 
     pub(crate) fn lines(&self) -> &Lines {
-        &self.0.lines
+        &self.inner.lines
     }
 
     pub(crate) fn statements(&self) -> &Statements {
-        &self.0.statements
+        &self.inner.statements
     }
 
     pub(crate) fn schema(&self) -> &Schema {
-        &self.0.schema
+        &self.inner.schema
     }
 
     pub(crate) fn sweep_fault(&self) -> Option<Fault> {
-        self.0.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.inner.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn claimed(&self, batch: &[ClaimRequest], lease: Duration) -> std::result::Result<Vec<Claim>, Fault> {
@@ -262,7 +267,7 @@ impl PostgresStore {
             left.retain(|&n| {
                 let is_locked = locked.contains(&(batch[n].key, batch[n].consumer));
                 if is_locked {
-                    answers[n] = Some(Claim::Held { wait: self.0.statements.lock_wait() });
+                    answers[n] = Some(Claim::Held { wait: self.inner.statements.lock_wait() });
                 }
                 !is_locked
             });
@@ -285,7 +290,10 @@ impl PostgresStore {
         }
         let requests: Vec<&ClaimRequest> = left.iter().map(|&n| &batch[n]).collect();
         let statements = self.statements();
-        let replies = self.lines().ask_hot(statements, |form| statements.claim(&requests, lease, form)).await?;
+        let replies = self
+            .lines()
+            .ask_hot(statements, |form| statements.claim(&requests, lease, form, self.waits_for_claims))
+            .await?;
         let last = replies.len().saturating_sub(1);
         check_prelude(&replies, last, Some(distinct(&ids(batch, left)).len()))?;
         let first = rows::First::read(replies.last().map(Vec::as_slice).unwrap_or_default(), left.len())?;
@@ -415,7 +423,7 @@ impl TransactionalStore for PostgresStore {
     type Lent = PgLent;
 
     async fn begin(&self) -> Result<(PgTx, PgLent)> {
-        tx::begin(self.lines(), self.statements(), &self.0.turns).await.map_err(|fault| fault.during("begin"))
+        tx::begin(self.lines(), self.statements(), &self.inner.turns).await.map_err(|fault| fault.during("begin"))
     }
 
     async fn record_in(&self, lent: &mut PgLent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
@@ -424,5 +432,14 @@ impl TransactionalStore for PostgresStore {
 
     async fn commit(&self, lent: PgLent) -> Result<()> {
         lent.commit().await.map_err(|fault| fault.during("commit"))
+    }
+
+    async fn record_and_commit(&self, lent: PgLent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+        lent.record_and_commit(self.statements(), batch).await.map_err(|fault| fault.during("commit"))
+    }
+
+    /// Its claims do not wait for the disk. What commits with a mark behind them brings them there too.
+    fn for_transactions(&self) -> Self {
+        Self { waits_for_claims: false, ..self.clone() }
     }
 }

@@ -9,35 +9,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hapax::{ErrorKind, Lease, Outcome, Recorded};
-use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgTransactionManager;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Postgres, SqlSafeStr, Transaction};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, SqlSafeStr, Transaction};
 use sqlx_core::transaction::TransactionManager;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::timeout;
 
-use crate::error::Fault;
-use crate::line::{ACQUIRE_MAX, Lines};
-use crate::outcomes::{self, Desk};
+use crate::error::{Fault, code};
+use crate::line::{Lines, ask_on};
+use crate::outcomes::{self, Desk, ended_by_handler};
 use crate::statements::Statements;
+use crate::turns::{Line, Turns};
 
 /// How long a handler that has returned may still keep its transaction (in a task that it started).
 pub const HAND_BACK_MAX: Duration = Duration::from_secs(5);
 
 /// How long a connection and the answer to `BEGIN` are waited for.
 pub const BEGIN_MAX: Duration = Duration::from_secs(10);
-
-/// How long another handler's transaction is waited for where as many are open as may be.
-const TURN_MAX: Duration = Duration::from_secs(30);
-
-/// Connections of the pool that handlers leave for claims, renewals and records.
-const LEFT: u32 = 2;
-
-/// How many transactions of handlers may be open at once on `pool`.
-pub(crate) fn turns(pool: &PgPool) -> usize {
-    let most = pool.options().get_max_connections().saturating_sub(LEFT).max(1);
-    usize::try_from(most).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
-}
 
 /// What a handler gets: derefs to sqlx's connection, inside the transaction in which the event is recorded.
 ///
@@ -85,13 +73,13 @@ impl Deref for PgTx {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        &self.held.as_ref().expect("held until it is dropped").connection
+        self.held.as_ref().expect("held until it is dropped").connection()
     }
 }
 
 impl DerefMut for PgTx {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        &mut self.held.as_mut().expect("held until it is dropped").connection
+        self.held.as_mut().expect("held until it is dropped").connection_mut()
     }
 }
 
@@ -112,21 +100,48 @@ pub struct PgLent {
     deadline: Duration,
 }
 
-/// An open transaction. Dropping it rolls back.
+/// A transaction. Dropping it rolls back, unless it has ended.
 #[derive(Debug)]
 struct Held {
-    connection: PoolConnection<Postgres>,
+    line: Option<Line>,
+    stands: Stands,
     mark: u64,
-    is_committed: bool,
+    turns: Arc<Turns>,
     // Let go after the connection.
     _turn: OwnedSemaphorePermit,
 }
 
+/// How a transaction stands on its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stands {
+    /// An answer has not come: it may have begun or ended.
+    Unknown,
+    /// It has begun.
+    Open,
+    /// It was committed; another may be open that nothing was done in.
+    Committed,
+}
+
 impl Held {
+    fn connection(&self) -> &PgConnection {
+        &self.line.as_ref().expect("there until it is dropped").connection
+    }
+
+    fn connection_mut(&mut self) -> &mut PgConnection {
+        &mut self.line.as_mut().expect("there until it is dropped").connection
+    }
+
+    /// The server refused a message, and goes on.
+    fn refused(&mut self, fault: &Fault) {
+        if fault.leaves_connection() {
+            self.stands = Stands::Open;
+        }
+    }
+
     /// What sqlx believes of the connection: inside the transaction, and in no savepoint of it. Where it believes
     /// otherwise, its commit would release the savepoint or do nothing, and report success.
     fn check_depth(&self) -> Result<(), Fault> {
-        match depth(&self.connection) {
+        match depth(self.connection()) {
             1 => Ok(()),
             0 => Err(Fault::rejected(
                 "the handler ended hapax' transaction, or dropped a savepoint() before it was there: what it wrote is \
@@ -139,16 +154,17 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if self.is_committed {
-            return;
+        let Some(mut line) = self.line.take() else { return };
+        let is_ended = depth(&line.connection) == 0;
+        // From the innermost savepoint on, which alone would leave the transaction open. Sent with whatever comes next.
+        while depth(&line.connection) > 0 {
+            PgTransactionManager::start_rollback(&mut line.connection);
         }
-        if depth(&self.connection) == 0 {
+        match self.stands {
+            Stands::Committed => self.turns.give_back(line),
+            Stands::Open if !is_ended => {}
             // What is open there, if anything is, sqlx would not end.
-            self.connection.close_on_drop();
-        }
-        // From the innermost savepoint on, which alone would leave the transaction open.
-        while depth(&self.connection) > 0 {
-            PgTransactionManager::start_rollback(&mut self.connection);
+            Stands::Open | Stands::Unknown => line.connection.close_on_drop(),
         }
     }
 }
@@ -157,37 +173,17 @@ fn depth(connection: &PgConnection) -> usize {
     PgTransactionManager::get_transaction_depth(connection)
 }
 
-pub(crate) async fn begin(
-    lines: &Lines,
-    statements: &Statements,
-    turns: &Arc<Semaphore>,
-) -> Result<(PgTx, PgLent), Fault> {
+pub(crate) async fn begin(lines: &Lines, statements: &Statements, turns: &Arc<Turns>) -> Result<(PgTx, PgLent), Fault> {
     static MARKS: AtomicU64 = AtomicU64::new(1);
     let mark = MARKS.fetch_add(1, Ordering::Relaxed);
-    let (pool, begin) = (lines.pool().clone(), AssertSqlSafe(statements.begin(mark)));
-    let turn = timeout(TURN_MAX, Arc::clone(turns).acquire_owned()).await;
-    let turn = turn.map_err(|_| Fault::unavailable(format!("no other transaction ended within {TURN_MAX:?}")))?;
-    let turn = turn.map_err(|_| Fault::new(ErrorKind::Internal, "the turns are closed"))?;
-    // In a task, since sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has
-    // come. Should nobody want it any more, it is rolled back as soon as it is there.
-    let begun = tokio::spawn(async move {
-        let mut connection = timeout(ACQUIRE_MAX, pool.acquire()).await.map_err(|_| sqlx::Error::PoolTimedOut)??;
-        let begun = PgTransactionManager::begin(&mut connection, Some(begin.into_sql_str()));
-        // Bounded here too: a server that does not answer must not keep the turn.
-        let begun = timeout(BEGIN_MAX, begun).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
-        match begun {
-            Ok(()) => Ok(Held { connection, mark, is_committed: false, _turn: turn }),
-            Err(error) => {
-                // It may be inside a transaction: one that somebody left open, or ours.
-                connection.close_on_drop();
-                Err(error)
-            }
-        }
-    });
-    let begun = timeout(BEGIN_MAX, begun).await;
-    let late = || Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}"));
-    let begun = begun.map_err(|_| late())?;
-    let held = begun.map_err(|_| Fault::new(ErrorKind::Internal, "the task that begins panicked"))??;
+    let (line, turn) = turns.take().await?;
+    // sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has come: such a
+    // connection is closed.
+    let mut held = Held { line: Some(line), stands: Stands::Unknown, mark, turns: Arc::clone(turns), _turn: turn };
+    let begin = AssertSqlSafe(statements.begin(mark)).into_sql_str();
+    let begun = timeout(BEGIN_MAX, PgTransactionManager::begin(held.connection_mut(), Some(begin))).await;
+    begun.map_err(|_| Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}")))??;
+    held.stands = Stands::Open;
     let (home, back) = oneshot::channel();
     let tx = PgTx { held: Some(held), home: Some(home) };
     Ok((tx, PgLent { back: Some(back), held: None, deadline: lines.deadline() }))
@@ -217,25 +213,74 @@ impl PgLent {
         batch: &[(Lease, Outcome)],
     ) -> Result<Vec<Recorded>, Fault> {
         let deadline = self.deadline;
-        let Held { connection, mark, .. } = self.held().await?;
-        let mut desk = Desk::Transaction { connection: &mut *connection, mark: *mark, deadline };
+        let held = self.held().await?;
+        let mark = held.mark;
+        let mut desk = Desk::Transaction { connection: held.connection_mut(), mark, deadline };
         outcomes::record(statements, batch, &mut desk).await
     }
 
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
         let deadline = self.deadline;
         let held = self.held().await?;
-        match timeout(deadline, PgTransactionManager::commit(&mut held.connection)).await {
+        held.stands = Stands::Unknown;
+        match timeout(deadline, PgTransactionManager::commit(held.connection_mut())).await {
             Ok(Ok(())) => {
-                held.is_committed = true;
+                held.stands = Stands::Committed;
                 Ok(())
             }
-            Ok(Err(error)) => Err(Fault::from(error).at_commit()),
-            Err(_) => {
-                held.connection.close_on_drop();
-                Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}")))
+            Ok(Err(error)) => {
+                let fault = Fault::from(error);
+                held.refused(&fault);
+                Err(fault.at_commit())
+            }
+            Err(_) => Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
+        }
+    }
+
+    /// One event's mark and the commit in one message; what is more than that, in several.
+    pub(crate) async fn record_and_commit(
+        mut self,
+        statements: &Statements,
+        batch: &[(Lease, Outcome)],
+    ) -> Result<Vec<Recorded>, Fault> {
+        if let [(lease, Outcome::Processed)] = batch
+            && self.finish(statements, lease).await?
+        {
+            return Ok(vec![Recorded::Done]);
+        }
+        let answers = self.record(statements, batch).await?;
+        if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
+            self.commit().await.map_err(Fault::commit_unknown)?;
+        }
+        Ok(answers)
+    }
+
+    /// Marks one event as processed and commits; false where it could not be marked, and then the transaction stands as
+    /// the handler left it.
+    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
+        let deadline = self.deadline;
+        let held = self.held().await?;
+        let finish = statements.finish(lease, held.mark);
+        held.stands = Stands::Unknown;
+        let fault = match timeout(deadline, ask_on(held.connection_mut(), finish)).await {
+            Ok(Ok(_)) => {
+                held.stands = Stands::Committed;
+                return Ok(true);
+            }
+            Ok(Err(fault)) if fault.has_code(code::NO_TRANSACTION) => return Err(ended_by_handler()),
+            Ok(Err(fault)) => fault,
+            Err(_) => return Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
+        };
+        if fault.has_code(code::DIVISION_BY_ZERO) {
+            let back = ask_on(held.connection_mut(), "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
+            // Refused where it was the commit that failed, in a deferred trigger of the user's.
+            if timeout(deadline, back).await.is_ok_and(|back| back.is_ok()) {
+                held.stands = Stands::Open;
+                return Ok(false);
             }
         }
+        held.refused(&fault);
+        Err(fault.at_commit().commit_unknown())
     }
 }
 

@@ -7,13 +7,39 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{LEASE, Place, RETENTION, claim, key, lease, number, pool_of, request, run, server};
-use hapax::{Claim, ErrorKind, Outcome, ProcessedStore, Recorded, Renewal, Status, StoreAdmin, TransactionalStore};
+use hapax::{
+    Claim, ErrorKind, Lease, Outcome, ProcessedStore, Recorded, Renewal, Result, Status, StoreAdmin, TransactionalStore,
+};
 use hapax_postgres::sqlx::{self, AssertSqlSafe, Executor};
 use hapax_postgres::{PgLent, PgTx, PostgresStore};
 use hapax_testkit::proxy::{After, Proxy};
 
 async fn status(store: &PostgresStore, n: u64) -> Option<Status> {
     store.look_up("billing", key(n)).await.unwrap().map(|view| view.status)
+}
+
+/// The two ways in which a transaction ends: the runtime takes the first.
+const WAYS: [Way; 2] = [Way::AtOnce, Way::InTwo];
+
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    AtOnce,
+    InTwo,
+}
+
+impl Way {
+    async fn end(self, store: &PostgresStore, mut lent: PgLent, lease: Lease) -> Result<Recorded> {
+        let mark = [(lease, Outcome::Processed)];
+        let answers = match self {
+            Self::AtOnce => store.record_and_commit(lent, &mark).await?,
+            Self::InTwo => {
+                let answers = store.record_in(&mut lent, &mark).await?;
+                store.commit(lent).await?;
+                answers
+            }
+        };
+        Ok(answers[0])
+    }
 }
 
 async fn written(place: &Place, store: &PostgresStore, row: &str) -> PgLent {
@@ -93,30 +119,32 @@ async fn a_savepoint_takes_back_a_part_only() {
 async fn an_error_that_the_handler_swallows_is_its_failure() {
     let place = Place::fresh().await;
     let (store, consumer) = place.opened().await;
-    let lease = lease(&store, consumer, 1).await;
-    let (mut tx, mut lent) = store.begin().await.unwrap();
-    place.write(&mut tx, "lost").await;
-    tx.execute("SELECT 1 / 0").await.unwrap_err();
-    drop(tx);
-    let error = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
-    drop(lent);
-    assert_eq!((place.rows().await.len(), status(&store, 1).await), (0, Some(Status::Claimed)));
+    for (n, way) in (1..).zip(WAYS) {
+        let lease = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.unwrap();
+        place.write(&mut tx, "lost").await;
+        tx.execute("SELECT 1 / 0").await.unwrap_err();
+        drop(tx);
+        let error = way.end(&store, lent, lease).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}: {error}");
+        assert_eq!((place.rows().await.len(), status(&store, n).await), (0, Some(Status::Claimed)), "{way:?}");
+    }
 }
 
 #[tokio::test]
 async fn a_transaction_that_the_handler_ended_is_not_recorded_in() {
     let place = Place::fresh().await;
     let (store, consumer) = place.opened().await;
-    for (n, ending) in ["COMMIT", "ROLLBACK", "COMMIT; BEGIN", "ROLLBACK AND CHAIN"].into_iter().enumerate() {
-        let lease = lease(&store, consumer, n as u64).await;
-        let (mut tx, mut lent) = store.begin().await.unwrap();
+    let endings = ["COMMIT", "ROLLBACK", "COMMIT; BEGIN", "ROLLBACK AND CHAIN"];
+    for (n, (way, ending)) in (0..).zip(WAYS.into_iter().flat_map(|way| endings.map(|ending| (way, ending)))) {
+        let lease = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.unwrap();
         sqlx::raw_sql(ending).execute(&mut *tx).await.unwrap();
         drop(tx);
-        let error = store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Rejected, "{ending}: {error}");
-        drop(lent);
-        assert_eq!(status(&store, n as u64).await, Some(Status::Claimed), "{ending}");
+        let error = way.end(&store, lent, lease).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}, {ending}: {error}");
+        assert!(error.to_string().contains("a COMMIT or ROLLBACK of its own"), "{way:?}, {ending}: {error}");
+        assert_eq!(status(&store, n).await, Some(Status::Claimed), "{way:?}, {ending}");
     }
     no_transaction_stays_open(&place).await;
 }
@@ -185,13 +213,14 @@ async fn a_deferred_constraint_fails_the_commit_and_leaves_nothing() {
         ),
     )
     .await;
-    let (mut tx, mut lent) = store.begin().await.unwrap();
-    tx.execute(AssertSqlSafe(format!("INSERT INTO {schema}.children VALUES (1)"))).await.unwrap();
-    drop(tx);
-    assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
-    let error = store.commit(lent).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
-    assert_eq!(status(&store, 1).await, Some(Status::Claimed));
+    for way in WAYS {
+        let (mut tx, lent) = store.begin().await.unwrap();
+        tx.execute(AssertSqlSafe(format!("INSERT INTO {schema}.children VALUES (1)"))).await.unwrap();
+        drop(tx);
+        let error = way.end(&store, lent, lease).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}: {error}");
+        assert_eq!(status(&store, 1).await, Some(Status::Claimed), "{way:?}");
+    }
 }
 
 /// What a handler did to its session makes the record or the commit fail: its failure, and nobody else's. The consumer
@@ -208,30 +237,29 @@ async fn a_transaction_that_its_handler_broke_is_the_handlers_failure() {
              CREATE FUNCTION {schema}.refuse() RETURNS trigger LANGUAGE plpgsql AS \
              $$ BEGIN RAISE EXCEPTION 'refused at the end'; END $$; \
              CREATE CONSTRAINT TRIGGER late AFTER INSERT ON {schema}.checked DEFERRABLE INITIALLY DEFERRED \
-             FOR EACH ROW EXECUTE FUNCTION {schema}.refuse()"
+             FOR EACH ROW WHEN (NEW.id = 1) EXECUTE FUNCTION {schema}.refuse(); \
+             CREATE FUNCTION {schema}.divide() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN 1 / 0; END $$; \
+             CREATE CONSTRAINT TRIGGER zero AFTER INSERT ON {schema}.checked DEFERRABLE INITIALLY DEFERRED \
+             FOR EACH ROW WHEN (NEW.id = 0) EXECUTE FUNCTION {schema}.divide()"
         ),
     )
     .await;
-    // 42501 and 25006 where it is recorded, P0001 at the commit.
+    // 42501 and 25006 where it is recorded, P0001 and 22012 at the commit.
     let broken = [
         "SET LOCAL ROLE pg_read_all_settings".to_owned(),
         "SET TRANSACTION READ ONLY".to_owned(),
         format!("INSERT INTO {schema}.checked VALUES (1)"),
+        format!("INSERT INTO {schema}.checked VALUES (0)"),
     ];
-    for (n, statement) in broken.into_iter().enumerate() {
-        let held = lease(&store, consumer, n as u64).await;
-        let (mut tx, mut lent) = store.begin().await.unwrap();
+    let each = WAYS.into_iter().flat_map(|way| broken.iter().map(move |statement| (way, statement)));
+    for (n, (way, statement)) in (0..).zip(each) {
+        let held = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *tx).await.unwrap();
         drop(tx);
-        let error = match store.record_in(&mut lent, &[(held, Outcome::Processed)]).await {
-            Ok(recorded) => {
-                assert_eq!(recorded, [Recorded::Done], "{statement}");
-                store.commit(lent).await.unwrap_err()
-            }
-            Err(error) => error,
-        };
-        assert_eq!(error.kind(), ErrorKind::Rejected, "{statement}: {error}");
-        assert_eq!(status(&store, n as u64).await, Some(Status::Claimed), "{statement}");
+        let error = way.end(&store, lent, held).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}, {statement}: {error}");
+        assert_eq!(status(&store, n).await, Some(Status::Claimed), "{way:?}, {statement}");
     }
     no_transaction_stays_open(&place).await;
 }
@@ -245,19 +273,14 @@ async fn a_savepoint_left_open_does_not_pass_for_a_commit() {
     let store = store.connect().await.unwrap();
     let consumer = store.open("billing", RETENTION).await.unwrap();
     let held = lease(&store, consumer, 1).await;
-    let (mut tx, mut lent) = store.begin().await.unwrap();
-    std::mem::forget(tx.savepoint().await.unwrap());
-    place.write(&mut tx, "lost").await;
-    drop(tx);
-    let recorded = store.record_in(&mut lent, &[(held, Outcome::Processed)]).await;
-    let error = match recorded {
-        Ok(_) => store.commit(lent).await.expect_err("nothing was committed"),
-        Err(error) => {
-            drop(lent);
-            error
-        }
-    };
-    assert_eq!(error.kind(), ErrorKind::Rejected, "{error}");
+    for way in WAYS {
+        let (mut tx, lent) = store.begin().await.unwrap();
+        std::mem::forget(tx.savepoint().await.unwrap());
+        place.write(&mut tx, "lost").await;
+        drop(tx);
+        let error = way.end(&store, lent, held).await.expect_err("nothing was committed");
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}: {error}");
+    }
     assert_eq!(
         store.record(&[(held, Outcome::Processed)]).await.unwrap(),
         [Recorded::Done],
@@ -357,6 +380,105 @@ async fn a_commit_whose_answer_is_lost_is_unknown_and_takes_effect_once() {
     let again = claim(&store, consumer, 1, 11).await;
     assert!(matches!(again, Claim::Processed { .. }), "{again:?}");
     assert_eq!(place.rows().await, ["once"]);
+}
+
+/// The same where mark and commit were one message.
+#[tokio::test]
+async fn an_end_whose_answer_is_lost_is_unknown_and_takes_effect_once() {
+    let place = Place::fresh().await;
+    let (proxy, store, consumer) = through_a_proxy(&place).await;
+    let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
+    let lent = written(&place, &store, "once").await;
+    proxy.cut_after_request(After::Reply);
+    let error = store.record_and_commit(lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
+    assert!(proxy.resets() > 0, "the answer was lost, and nothing else");
+    proxy.heal();
+    let again = claim(&store, consumer, 1, 11).await;
+    assert!(matches!(again, Claim::Processed { .. }), "{again:?}");
+    assert_eq!(place.rows().await, ["once"]);
+}
+
+/// Handlers pass connections on to one another, but not for so long that others who wait for the pool are left out; and
+/// they leave no transaction open on them, and nothing of one to the next.
+#[tokio::test]
+async fn handlers_share_connections_and_the_pool_has_them_back() {
+    let place = Place::fresh().await;
+    // One for claims, one for handlers.
+    let pool = pool_of(server(), 2);
+    let store = PostgresStore::builder(pool.clone()).schema(&*place.schema).sweep_every(Duration::ZERO);
+    let store = store.connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let mut servers = Vec::new();
+    let mut other = None;
+    for n in 0..200 {
+        let held = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.unwrap();
+        let (server, began): (i32, bool) =
+            sqlx::query_as("SELECT pg_backend_pid(), now() > clock_timestamp() - interval '1 s'")
+                .fetch_one(&mut *tx)
+                .await
+                .unwrap();
+        assert!(began, "a transaction of its own");
+        servers.push(server);
+        place.write(&mut tx, &format!("{n:03}")).await;
+        drop(tx);
+        assert_eq!(store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
+        if n == 10 {
+            let pool = pool.clone();
+            other = Some(tokio::spawn(async move { pool.acquire().await.map(drop) }));
+        }
+        if n == 100 {
+            assert!(other.as_ref().is_some_and(|other| other.is_finished()), "who waits for the pool has its turn");
+        }
+    }
+    assert_eq!(place.rows().await.len(), 200);
+    servers.dedup();
+    assert!(servers.len() < 20, "handlers in a row share a connection: {}", servers.len());
+    no_transaction_stays_open(&place).await;
+    let free = async {
+        while pool.num_idle() < pool.size() as usize {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), free).await.expect("they go back when there is nothing to do");
+}
+
+/// Only where every effect is in a transaction is a claim not waited for on the disk, and nothing else is.
+#[tokio::test]
+async fn claims_for_transactions_do_not_wait_for_the_disk() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    // Tells in which mode a row was written.
+    let schema = &place.schema;
+    run(
+        &place.owner,
+        format!(
+            "CREATE TABLE {schema}.modes (state smallint, mode text); \
+             CREATE FUNCTION {schema}.tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+             INSERT INTO {schema}.modes VALUES (NEW.state, current_setting('synchronous_commit')); RETURN NEW; END $$; \
+             CREATE TRIGGER tell BEFORE INSERT OR UPDATE ON {schema}.hapax_record \
+             FOR EACH ROW EXECUTE FUNCTION {schema}.tell()"
+        ),
+    )
+    .await;
+    let relaxed = store.for_transactions();
+    for (n, store) in [(1, &store), (2, &relaxed), (3, &relaxed)] {
+        let held = lease(store, consumer, n).await;
+        if n == 3 {
+            let lent = written(&place, store, "effect").await;
+            store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.unwrap();
+        } else {
+            store.record(&[(held, fixture::failed())]).await.unwrap();
+        }
+    }
+    let modes: Vec<(i16, String)> =
+        sqlx::query_as(AssertSqlSafe(format!("SELECT state, mode FROM {schema}.modes ORDER BY ctid")))
+            .fetch_all(&place.owner)
+            .await
+            .unwrap();
+    let modes: Vec<_> = modes.iter().map(|(state, mode)| (*state, &**mode)).collect();
+    assert_eq!(modes, [(0, "on"), (1, "on"), (0, "off"), (1, "on"), (0, "off"), (3, "on")]);
 }
 
 /// The commit did not arrive: the same token is granted the same lease, and the handler runs again.

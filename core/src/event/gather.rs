@@ -230,7 +230,7 @@ where
         // Closed never: the consumer that drains lets what was started end.
         let _transaction = transactions.acquire_owned().await;
         let wait = runs.first().map(|run| run.remaining()).unwrap_or_default();
-        let (tx, mut lent) = match timeout(wait, store.begin()).await {
+        let (tx, lent) = match timeout(wait, store.begin()).await {
             Ok(Ok(begun)) => begun,
             Ok(Err(error)) => return each(&runs, |_| Ended::StoreFailed(told_again(&error, "begin"))),
             Err(_) => {
@@ -258,30 +258,25 @@ where
             });
         }
         let marks: Vec<(Lease, Outcome)> = runs.iter().map(|run| (run.lease, Outcome::Processed)).collect();
-        let answers = match store.record_in(&mut lent, &marks).await {
+        runs.iter().for_each(|run| run.committing());
+        let answers = match store.record_and_commit(lent, &marks).await {
             Ok(answers) if answers.len() == events => answers,
             Ok(_) => {
                 let silent = Error::new(ErrorKind::Internal, "record").because("the store did not answer for each");
                 return each(&runs, |_| Ended::StoreFailed(told_again(&silent, "record")));
             }
+            Err(error) if error.kind() == ErrorKind::Unknown => {
+                return each(&runs, |_| Ended::Unknown(told_again(&error, "commit")));
+            }
             Err(error) => return unmarked(&runs, error),
         };
-        if answers.iter().any(|answer| matches!(answer, Recorded::AlreadyDone | Recorded::Fenced)) {
-            // Another transaction of such a lease committed before, or another holds the event: these effects must not join.
-            return answers
-                .into_iter()
-                .map(|answer| match answer {
-                    Recorded::Done | Recorded::Vanished => Ended::Apart(Apart::AGAIN),
-                    ended => Ended::Recorded(ended),
-                })
-                .collect();
-        }
-        runs.iter().for_each(|run| run.committing());
-        match store.commit(lent).await {
-            Ok(()) => answers.into_iter().map(Ended::Recorded).collect(),
-            Err(error) if error.kind() == ErrorKind::Rejected => unmarked(&runs, error),
-            Err(error) => each(&runs, |_| Ended::Unknown(told_again(&error, "commit"))),
-        }
+        // Another transaction of such a lease committed before, or another holds the event: nothing was committed.
+        let is_committed = answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished));
+        let end = |answer| match answer {
+            Recorded::Done | Recorded::Vanished if !is_committed => Ended::Apart(Apart::AGAIN),
+            ended => Ended::Recorded(ended),
+        };
+        answers.into_iter().map(end).collect()
     })
 }
 

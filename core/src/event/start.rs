@@ -72,9 +72,8 @@ where
     T: TransactionalStore,
     H: TxHandler<E, T::Tx, S>,
 {
-    let lease = run.lease;
     // Its lease is renewed meanwhile: without a bound, a store that does not answer would hold the event for ever.
-    let (tx, mut lent) = match timeout(run.remaining(), store.begin()).await {
+    let (tx, lent) = match timeout(run.remaining(), store.begin()).await {
         Ok(Ok(begun)) => begun,
         Ok(Err(error)) => return Ended::StoreFailed(error),
         Err(_) => {
@@ -90,20 +89,15 @@ where
     if run.stopped() == Some(Stop::LeaseLost) {
         return Ended::Recorded(Recorded::Fenced);
     }
-    let answer = match store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await {
-        Ok(answers) => answers.first().copied(),
-        Err(error) => return unwritten(error),
-    };
     run.committing();
-    match answer {
-        Some(Recorded::Done | Recorded::Vanished) => match store.commit(lent).await {
-            Ok(()) => Ended::Recorded(answer.unwrap_or(Recorded::Done)),
-            Err(error) if error.kind() == ErrorKind::Rejected => unwritten(error),
-            Err(error) => Ended::Unknown(error),
+    match store.record_and_commit(lent, &[(run.lease, Outcome::Processed)]).await {
+        // Not done, another holds the event or this very lease's effects are committed already: these are rolled back.
+        Ok(answers) => match answers.first() {
+            Some(answer) => Ended::Recorded(*answer),
+            None => Ended::StoreFailed(Error::new(ErrorKind::Internal, "record").because("the store answered nothing")),
         },
-        // Another transaction of this very lease committed before: this one's effects must not join it.
-        Some(answer @ (Recorded::AlreadyDone | Recorded::Fenced)) => Ended::Recorded(answer),
-        None => Ended::StoreFailed(Error::new(ErrorKind::Internal, "record").because("the store answered nothing")),
+        Err(error) if error.kind() == ErrorKind::Unknown => Ended::Unknown(error),
+        Err(error) => unwritten(error),
     }
 }
 

@@ -83,6 +83,8 @@ enum Wrong {
     MarksThrough,
     /// A dropped transaction commits.
     CommitsOnDrop,
+    /// Commits at once, whatever the marks were answered.
+    CommitsWhatIsFenced,
 }
 
 const STORE: Table<Wrong, WrongRecords> = Table {
@@ -128,6 +130,7 @@ const TRANSACTIONS: Table<Wrong, WrongTransactions> = Table {
         (Wrong::CommitsOnDrop, &["a_rolled_back_transaction_leaves_nothing", "a_fenced_transaction_leaves_nothing"]),
         (Wrong::UnfencedRecord, &["a_fenced_transaction_leaves_nothing", "many_marks_commit_together"]),
         (Wrong::MarksSome, &["many_marks_commit_together"]),
+        (Wrong::CommitsWhatIsFenced, &["recording_and_committing_at_once_is_both"]),
     ],
     cases: transactions::cases,
     fixture: |wrong| WrongTransactions(WrongRecords(WrongStore::with(wrong))),
@@ -441,6 +444,15 @@ impl TransactionalStore for WrongStore {
         lent.take_rows();
         lent.apply();
         Ok(())
+    }
+
+    async fn record_and_commit(&self, mut lent: Lent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+        let answers = self.record_in(&mut lent, batch).await?;
+        let may_commit = |answer: &Recorded| matches!(answer, Recorded::Done | Recorded::Vanished);
+        if self.wrong == Wrong::CommitsWhatIsFenced || answers.iter().all(may_commit) {
+            self.commit(lent).await?;
+        }
+        Ok(answers)
     }
 }
 

@@ -38,6 +38,7 @@ macro_rules! transactional_cases {
             a_rolled_back_transaction_leaves_nothing
             a_fenced_transaction_leaves_nothing
             many_marks_commit_together
+            recording_and_committing_at_once_is_both
         }
     };
 }
@@ -159,4 +160,46 @@ pub async fn many_marks_commit_together<F: TransactionalFixture>(fixture: &F) {
         assert_eq!(status(fixture, id).await, Some(Status::Processed), "of event {id}");
     }
     assert_eq!(fixture.rows().await, ["all"]);
+}
+
+/// In one call as in two: what was marked is there with its effects, what was not left nothing of them, for one event and
+/// for many.
+pub async fn recording_and_committing_at_once_is_both<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let done = |lease| (lease, Outcome::Processed);
+    let zombie = desk.granted("1").await;
+    fixture.pass(F::UNIT * 11).await;
+    let (holder, other) = (desk.granted("1").await, desk.granted("2").await);
+    for (row, batch, wanted) in [
+        ("by the zombie", vec![done(zombie)], vec![Recorded::Fenced]),
+        ("beside the zombie", vec![done(other), done(zombie)], vec![Recorded::Done, Recorded::Fenced]),
+    ] {
+        let lent = written(fixture, &store, row).await;
+        let answers = store.record_and_commit(lent, &batch).await.expect("the store answers");
+        assert_eq!(answers, wanted, "{row}");
+        assert_eq!(status(fixture, "2").await, Some(Status::Claimed), "{row}: nothing is committed");
+    }
+    let lent = written(fixture, &store, "one").await;
+    let answers = store.record_and_commit(lent, &[done(holder)]).await.expect("the outcome is recorded");
+    assert_eq!(answers, [Recorded::Done]);
+    let lent = written(fixture, &store, "one again").await;
+    let answers = store.record_and_commit(lent, &[done(holder)]).await.expect("the store answers");
+    assert_eq!(answers, [Recorded::AlreadyDone]);
+    let lent = written(fixture, &store, "two").await;
+    let third = desk.granted("3").await;
+    let batch = [done(other), (third, failed(Duration::ZERO, true))];
+    let answers = store.record_and_commit(lent, &batch).await.expect("the outcomes are recorded");
+    assert_eq!(answers, [Recorded::Done; 2]);
+    let vanished = desk.granted("4").await;
+    fixture.admin().await.forget(CONSUMER, key("4")).await.expect("the store forgets");
+    let lent = written(fixture, &store, "vanished").await;
+    let answers = store.record_and_commit(lent, &[done(vanished)]).await.expect("the outcome is recorded");
+    assert_eq!(answers, [Recorded::Vanished]);
+    assert_eq!(fixture.rows().await, ["one", "two", "vanished"]);
+    for (id, wanted) in
+        [("1", Status::Processed), ("2", Status::Processed), ("3", Status::Waiting), ("4", Status::Processed)]
+    {
+        assert_eq!(status(fixture, id).await, Some(wanted), "of event {id}");
+    }
 }

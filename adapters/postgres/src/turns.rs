@@ -1,0 +1,118 @@
+//! Turns: how many handlers' transactions are open at once, and the connections that they take.
+//!
+//! The pool tests a connection when it hands it out and when it gets it back, which together is as much as a handler
+//! asks of the server. So one serves several handlers in a row; but not for long, since others wait for the pool too.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hapax::ErrorKind;
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+
+use crate::error::Fault;
+use crate::line::ACQUIRE_MAX;
+
+/// How long another handler's transaction is waited for where as many are open as may be.
+const TURN_MAX: Duration = Duration::from_secs(30);
+/// Connections of the pool that handlers leave for claims, renewals and records.
+const LEFT: u32 = 2;
+/// The pool has a connection back after so many transactions,
+const USES_MAX: u32 = 64;
+/// after so long,
+const KEPT_FOR_MAX: Duration = Duration::from_secs(1);
+/// and where no handler wants it.
+const IDLE_MAX: Duration = Duration::from_millis(20);
+
+/// The turns of one store, for all its clones.
+pub(crate) struct Turns {
+    pool: PgPool,
+    open: Arc<Semaphore>,
+    kept: Mutex<Vec<Line>>,
+    /// Whether a task gives back what no handler wants.
+    is_tidied: AtomicBool,
+    /// Where connections are given back, wherever they are dropped.
+    runtime: Handle,
+}
+
+/// A connection between transactions.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) connection: PoolConnection<Postgres>,
+    taken: Instant,
+    used: Instant,
+    uses: u32,
+}
+
+impl Turns {
+    pub(crate) fn new(pool: PgPool, runtime: Handle) -> Self {
+        let most = pool.options().get_max_connections().saturating_sub(LEFT).max(1);
+        let most = usize::try_from(most).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let (open, kept) = (Arc::new(Semaphore::new(most)), Mutex::default());
+        Self { pool, open, kept, is_tidied: AtomicBool::new(false), runtime }
+    }
+
+    /// Waits for a turn and a connection.
+    pub(crate) async fn take(&self) -> Result<(Line, OwnedSemaphorePermit), Fault> {
+        let turn = timeout(TURN_MAX, Arc::clone(&self.open).acquire_owned()).await;
+        let turn = turn.map_err(|_| Fault::unavailable(format!("no other transaction ended within {TURN_MAX:?}")))?;
+        let turn = turn.map_err(|_| Fault::new(ErrorKind::Internal, "the turns are closed"))?;
+        let kept = self.kept().pop();
+        if let Some(line) = kept {
+            return Ok((line, turn));
+        }
+        let acquired = timeout(ACQUIRE_MAX, self.pool.acquire()).await;
+        let connection = acquired.map_err(|_| sqlx::Error::PoolTimedOut)??;
+        let now = Instant::now();
+        Ok((Line { connection, taken: now, used: now, uses: 0 }, turn))
+    }
+
+    /// Takes a connection back on which nothing is open or under way.
+    pub(crate) fn give_back(self: &Arc<Self>, mut line: Line) {
+        line.used = Instant::now();
+        line.uses += 1;
+        if line.uses >= USES_MAX || line.taken.elapsed() >= KEPT_FOR_MAX || self.pool.is_closed() {
+            return;
+        }
+        self.kept().push(line);
+        if !self.is_tidied.swap(true, Ordering::SeqCst) {
+            self.runtime.spawn(Arc::clone(self).tidy());
+        }
+    }
+
+    /// Gives back what no handler wants, until nothing is kept.
+    async fn tidy(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(IDLE_MAX / 2).await;
+            let mut kept = self.kept();
+            kept.retain(|line| line.used.elapsed() < IDLE_MAX);
+            if kept.is_empty() {
+                self.is_tidied.store(false, Ordering::SeqCst);
+                return;
+            }
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<Line>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        // The pool takes them back in a task of its own.
+        let _runtime = self.runtime.enter();
+        self.kept().clear();
+    }
+}
+
+impl fmt::Debug for Turns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Turns").field("open", &self.open).finish_non_exhaustive()
+    }
+}
