@@ -186,8 +186,8 @@ pub async fn recording_and_committing_at_once_is_both<F: TransactionalFixture>(f
     let lent = written(fixture, &store, "one again").await;
     let answers = store.record_and_commit(lent, &[done(holder)]).await.expect("the store answers");
     assert_eq!(answers, [Recorded::AlreadyDone]);
-    let lent = written(fixture, &store, "two").await;
     let third = desk.granted("3").await;
+    let lent = written(fixture, &store, "two").await;
     let batch = [done(other), (third, failed(Duration::ZERO, true))];
     let answers = store.record_and_commit(lent, &batch).await.expect("the outcomes are recorded");
     assert_eq!(answers, [Recorded::Done; 2]);
