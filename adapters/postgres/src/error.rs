@@ -71,6 +71,11 @@ impl Fault {
         self.code.as_deref() == Some(code)
     }
 
+    /// Whether it is about a statement's being prepared or not, and not about what it does.
+    pub(crate) fn is_of_preparing(&self) -> bool {
+        [code::UNKNOWN_STATEMENT, code::KNOWN_STATEMENT, code::NOT_SUPPORTED].iter().any(|code| self.has_code(code))
+    }
+
     /// Whether the connection may be used again: the server refused a statement, and went on.
     pub(crate) fn leaves_connection(&self) -> bool {
         match self.code.as_deref() {

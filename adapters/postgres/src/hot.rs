@@ -16,7 +16,7 @@ pub(crate) enum Form {
 }
 
 /// Places of values in the texts of `sql/`, and the types of the parameters that they become.
-const PARAMETERS: [(&str, &str); 10] = [
+const PARAMETERS: [(&str, &str); 14] = [
     ("'{{keys}}'", "uuid[]"),
     ("'{{consumers}}'", "integer[]"),
     ("'{{fingerprints}}'", "uuid[]"),
@@ -27,6 +27,10 @@ const PARAMETERS: [(&str, &str); 10] = [
     ("{known_count}", "bigint"),
     ("{lease}", "bigint"),
     ("{count}", "bigint"),
+    ("'{key}'", "uuid"),
+    ("{consumer}", "integer"),
+    ("{fence}", "bigint"),
+    ("'{mark}'", "text"),
 ];
 
 /// A statement in both forms.

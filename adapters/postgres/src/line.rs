@@ -21,7 +21,7 @@ use sqlx::{AssertSqlSafe, Either, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
-use crate::error::{Fault, code};
+use crate::error::Fault;
 use crate::hot::Form;
 use crate::statements::Statements;
 
@@ -72,8 +72,23 @@ impl Lines {
         self
     }
 
+    pub(crate) fn prepares(&self) -> bool {
+        self.prepares.load(Ordering::Relaxed)
+    }
+
+    /// The server is not the one that a statement was prepared on, or its tables were changed.
+    pub(crate) fn prepare_no_more(&self) {
+        if self.prepares.swap(false, Ordering::Relaxed) {
+            tracing::warn!("prepared statements are lost behind this pool: hapax sends them as text from now on");
+        }
+    }
+
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
     }
 
     pub(crate) fn deadline(&self) -> Duration {
@@ -99,10 +114,9 @@ impl Lines {
         }
         let asked = self.ask_busy(&mut busy, message(Form::Prepared)).await;
         match &asked {
-            // Nothing took place. The server is not the one that it was prepared on, or its tables were changed.
-            Err(fault) if fault.has_code(code::UNKNOWN_STATEMENT) || fault.has_code(code::NOT_SUPPORTED) => {
-                tracing::warn!("prepared statements are lost behind this pool: hapax sends them as text from now on");
-                self.prepares.store(false, Ordering::Relaxed);
+            // Nothing took place.
+            Err(fault) if fault.is_of_preparing() => {
+                self.prepare_no_more();
                 self.ask_busy(&mut busy, message(Form::Text)).await
             }
             _ => asked,
@@ -112,7 +126,7 @@ impl Lines {
     /// Prepares the hot statements on a connection that is used for the second time: one that is used once does without.
     async fn is_prepared(&self, busy: &mut Busy<'_>, statements: &Statements) -> Result<bool, Fault> {
         let uses = busy.kept.as_ref().map_or(0, |kept| kept.uses);
-        if uses == 0 || !self.prepares.load(Ordering::Relaxed) {
+        if uses == 0 || !self.prepares() {
             return Ok(false);
         }
         if busy.kept.as_ref().is_some_and(|kept| kept.is_prepared) {
@@ -134,8 +148,8 @@ impl Lines {
         }
         match self.ask_busy(busy, message).await {
             Ok(_) => {}
-            Err(fault) if fault.has_code(code::KNOWN_STATEMENT) => {
-                self.prepares.store(false, Ordering::Relaxed);
+            Err(fault) if fault.is_of_preparing() => {
+                self.prepare_no_more();
                 return Ok(false);
             }
             Err(fault) => return Err(fault),

@@ -64,6 +64,18 @@ pub(crate) enum Within {
     Transaction(u64),
 }
 
+/// Whether a connection knows a statement by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// Nobody asks, and it is sent as text.
+    NotAsked,
+    /// It is sent as text once more, with the question whether it is known.
+    Unknown,
+    /// It is to be prepared.
+    Missing,
+    Prepared,
+}
+
 /// Every message of one store.
 #[derive(Debug)]
 pub(crate) struct Statements {
@@ -79,7 +91,7 @@ pub(crate) struct Statements {
     locked: Template,
     open: Template,
     transaction: Template,
-    finish: Template,
+    finish: Hot,
     sweep: Template,
     lock_timeout: i64,
     statement_timeout: i64,
@@ -112,7 +124,7 @@ impl Statements {
             locked: whole(include_str!("../sql/locked.sql")),
             open: whole(include_str!("../sql/open.sql")),
             transaction: whole(include_str!("../sql/transaction.sql")),
-            finish: whole(include_str!("../sql/finish.sql")),
+            finish: Hot::new(include_str!("../sql/finish.sql"), &constant),
             sweep: whole(include_str!("../sql/sweep.sql")),
             // Zero would mean for ever.
             lock_timeout: (micros(lock_timeout) / 1_000).max(1),
@@ -231,17 +243,34 @@ impl Statements {
         out
     }
 
-    /// Marks one event as processed and ends the handler's transaction that bears `mark`.
-    pub(crate) fn finish(&self, held: &Lease, mark: u64) -> String {
-        let mut out = String::with_capacity(1_024);
-        self.finish.write(&mut out, |hole, out| match hole {
-            "lock_timeout" => number(out, self.lock_timeout),
-            "statement_timeout" => number(out, self.statement_timeout),
+    /// Marks one event as processed in the handler's transaction that bears `mark`, and commits. The savepoint keeps what
+    /// the handler wrote where it cannot be marked. Chained, since sqlx believes a transaction to be open until it ends it
+    /// itself.
+    pub(crate) fn finish(&self, held: &Lease, mark: u64, readiness: Readiness) -> String {
+        let form = match readiness {
+            Readiness::NotAsked | Readiness::Unknown => Form::Text,
+            Readiness::Missing | Readiness::Prepared => Form::Prepared,
+        };
+        let mut out = format!(
+            "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}; \
+             SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off; ",
+            self.lock_timeout, self.statement_timeout
+        );
+        match readiness {
+            Readiness::Unknown => out.push_str(&format!(
+                "SELECT count(*) > 0 AS is_prepared FROM pg_catalog.pg_prepared_statements WHERE name = '{}'; ",
+                self.finish.name
+            )),
+            Readiness::Missing => out.extend([&*self.finish.prepare, "; "]),
+            Readiness::NotAsked | Readiness::Prepared => {}
+        }
+        self.finish.template(form).write(&mut out, |hole, out| match hole {
             "key" => uuid(out, held.key.0),
             "consumer" => number(out, consumer_number(held.consumer)),
             "fence" => number(out, fence(held)),
             _ => out.push_str(&mark.to_string()),
         });
+        out.push_str("; COMMIT AND CHAIN");
         out
     }
 

@@ -117,7 +117,7 @@ impl PostgresStoreBuilder {
                 None => schema::is_direct(&lines).await?,
             }
         };
-        let lines = Lines::new(self.pool, self.statement_timeout + NETWORK, runtime.clone());
+        let lines = Lines::new(self.pool, self.statement_timeout + NETWORK, runtime);
         let lines = Arc::new(if prepares { lines.prepare() } else { lines });
         let statements = Arc::new(Statements::new(&schema, self.lock_timeout, self.statement_timeout));
         let sweep_fault = Arc::new(Mutex::new(None));
@@ -126,7 +126,7 @@ impl PostgresStoreBuilder {
             let sweeper = Sweeper::new(Arc::clone(&lines), Arc::clone(&statements), &schema, Arc::clone(&sweep_fault));
             tasks.push(tokio::spawn(sweeper.run(self.sweep_every)));
         }
-        let turns = Arc::new(Turns::new(lines.pool().clone(), runtime));
+        let turns = Arc::new(Turns::new(Arc::clone(&lines)));
         let inner = Arc::new(Inner { lines, statements, schema, sweep_fault, turns, tasks });
         Ok(PostgresStore { inner, waits_for_claims: true })
     }
@@ -423,7 +423,7 @@ impl TransactionalStore for PostgresStore {
     type Lent = PgLent;
 
     async fn begin(&self) -> Result<(PgTx, PgLent)> {
-        tx::begin(self.lines(), self.statements(), &self.inner.turns).await.map_err(|fault| fault.during("begin"))
+        tx::begin(self.statements(), &self.inner.turns).await.map_err(|fault| fault.during("begin"))
     }
 
     async fn record_in(&self, lent: &mut PgLent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {

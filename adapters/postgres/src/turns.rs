@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hapax::ErrorKind;
+use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
-use sqlx::{PgPool, Postgres};
-use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use crate::error::Fault;
-use crate::line::ACQUIRE_MAX;
+use crate::line::{ACQUIRE_MAX, Lines};
+use crate::statements::Readiness;
 
 /// How long another handler's transaction is waited for where as many are open as may be.
 const TURN_MAX: Duration = Duration::from_secs(30);
@@ -31,30 +31,29 @@ const IDLE_MAX: Duration = Duration::from_millis(20);
 
 /// The turns of one store, for all its clones.
 pub(crate) struct Turns {
-    pool: PgPool,
+    pub(crate) lines: Arc<Lines>,
     open: Arc<Semaphore>,
     kept: Mutex<Vec<Line>>,
     /// Whether a task gives back what no handler wants.
     is_tidied: AtomicBool,
-    /// Where connections are given back, wherever they are dropped.
-    runtime: Handle,
 }
 
 /// A connection between transactions.
 #[derive(Debug)]
 pub(crate) struct Line {
     pub(crate) connection: PoolConnection<Postgres>,
+    /// Of `finish.sql`.
+    pub(crate) readiness: Readiness,
     taken: Instant,
     used: Instant,
     uses: u32,
 }
 
 impl Turns {
-    pub(crate) fn new(pool: PgPool, runtime: Handle) -> Self {
-        let most = pool.options().get_max_connections().saturating_sub(LEFT).max(1);
+    pub(crate) fn new(lines: Arc<Lines>) -> Self {
+        let most = lines.pool().options().get_max_connections().saturating_sub(LEFT).max(1);
         let most = usize::try_from(most).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        let (open, kept) = (Arc::new(Semaphore::new(most)), Mutex::default());
-        Self { pool, open, kept, is_tidied: AtomicBool::new(false), runtime }
+        Self { lines, open: Arc::new(Semaphore::new(most)), kept: Mutex::default(), is_tidied: AtomicBool::new(false) }
     }
 
     /// Waits for a turn and a connection.
@@ -66,22 +65,26 @@ impl Turns {
         if let Some(line) = kept {
             return Ok((line, turn));
         }
-        let acquired = timeout(ACQUIRE_MAX, self.pool.acquire()).await;
+        let acquired = timeout(ACQUIRE_MAX, self.lines.pool().acquire()).await;
         let connection = acquired.map_err(|_| sqlx::Error::PoolTimedOut)??;
         let now = Instant::now();
-        Ok((Line { connection, taken: now, used: now, uses: 0 }, turn))
+        Ok((Line { connection, readiness: Readiness::NotAsked, taken: now, used: now, uses: 0 }, turn))
     }
 
     /// Takes a connection back on which nothing is open or under way.
     pub(crate) fn give_back(self: &Arc<Self>, mut line: Line) {
         line.used = Instant::now();
         line.uses += 1;
-        if line.uses >= USES_MAX || line.taken.elapsed() >= KEPT_FOR_MAX || self.pool.is_closed() {
+        if line.uses >= USES_MAX || line.taken.elapsed() >= KEPT_FOR_MAX || self.lines.pool().is_closed() {
             return;
+        }
+        // What it is asked for a second time is worth preparing.
+        if line.readiness == Readiness::NotAsked && self.lines.prepares() {
+            line.readiness = Readiness::Unknown;
         }
         self.kept().push(line);
         if !self.is_tidied.swap(true, Ordering::SeqCst) {
-            self.runtime.spawn(Arc::clone(self).tidy());
+            self.lines.runtime().spawn(Arc::clone(self).tidy());
         }
     }
 
@@ -106,7 +109,7 @@ impl Turns {
 impl Drop for Turns {
     fn drop(&mut self) {
         // The pool takes them back in a task of its own.
-        let _runtime = self.runtime.enter();
+        let _runtime = self.lines.runtime().enter();
         self.kept().clear();
     }
 }

@@ -9,16 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hapax::{ErrorKind, Lease, Outcome, Recorded};
-use sqlx::postgres::PgTransactionManager;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, SqlSafeStr, Transaction};
+use sqlx::postgres::{PgRow, PgTransactionManager};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Row, SqlSafeStr, Transaction};
 use sqlx_core::transaction::TransactionManager;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::timeout;
 
 use crate::error::{Fault, code};
-use crate::line::{Lines, ask_on};
+use crate::line::{Replies, ask_on};
 use crate::outcomes::{self, Desk, ended_by_handler};
-use crate::statements::Statements;
+use crate::statements::{Readiness, Statements};
 use crate::turns::{Line, Turns};
 
 /// How long a handler that has returned may still keep its transaction (in a task that it started).
@@ -173,7 +173,7 @@ fn depth(connection: &PgConnection) -> usize {
     PgTransactionManager::get_transaction_depth(connection)
 }
 
-pub(crate) async fn begin(lines: &Lines, statements: &Statements, turns: &Arc<Turns>) -> Result<(PgTx, PgLent), Fault> {
+pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result<(PgTx, PgLent), Fault> {
     static MARKS: AtomicU64 = AtomicU64::new(1);
     let mark = MARKS.fetch_add(1, Ordering::Relaxed);
     let (line, turn) = turns.take().await?;
@@ -186,7 +186,7 @@ pub(crate) async fn begin(lines: &Lines, statements: &Statements, turns: &Arc<Tu
     held.stands = Stands::Open;
     let (home, back) = oneshot::channel();
     let tx = PgTx { held: Some(held), home: Some(home) };
-    Ok((tx, PgLent { back: Some(back), held: None, deadline: lines.deadline() }))
+    Ok((tx, PgLent { back: Some(back), held: None, deadline: turns.lines.deadline() }))
 }
 
 impl PgLent {
@@ -260,27 +260,44 @@ impl PgLent {
     async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
         let deadline = self.deadline;
         let held = self.held().await?;
-        let finish = statements.finish(lease, held.mark);
+        let Some(line) = &mut held.line else { return Err(lost()) };
+        let finish = statements.finish(lease, held.mark, line.readiness);
         held.stands = Stands::Unknown;
-        let fault = match timeout(deadline, ask_on(held.connection_mut(), finish)).await {
-            Ok(Ok(_)) => {
+        let fault = match timeout(deadline, ask_on(&mut line.connection, finish)).await {
+            Ok(Ok(replies)) => {
                 held.stands = Stands::Committed;
+                line.readiness = ready_after(line.readiness, &replies);
                 return Ok(true);
             }
             Ok(Err(fault)) if fault.has_code(code::NO_TRANSACTION) => return Err(ended_by_handler()),
             Ok(Err(fault)) => fault,
             Err(_) => return Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
         };
-        if fault.has_code(code::DIVISION_BY_ZERO) {
-            let back = ask_on(held.connection_mut(), "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
+        if fault.has_code(code::DIVISION_BY_ZERO) || fault.is_of_preparing() {
+            let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
             // Refused where it was the commit that failed, in a deferred trigger of the user's.
             if timeout(deadline, back).await.is_ok_and(|back| back.is_ok()) {
                 held.stands = Stands::Open;
+                if fault.is_of_preparing() {
+                    line.readiness = Readiness::NotAsked;
+                    held.turns.lines.prepare_no_more();
+                }
                 return Ok(false);
             }
         }
         held.refused(&fault);
         Err(fault.at_commit().commit_unknown())
+    }
+}
+
+/// What is known of a connection's prepared statement after it was used.
+fn ready_after(before: Readiness, replies: &Replies) -> Readiness {
+    let told = |rows: &Vec<PgRow>| rows.first()?.try_get::<bool, _>("is_prepared").ok();
+    match before {
+        Readiness::Unknown if replies.iter().find_map(told) == Some(true) => Readiness::Prepared,
+        Readiness::Unknown => Readiness::Missing,
+        Readiness::Missing | Readiness::Prepared => Readiness::Prepared,
+        Readiness::NotAsked => Readiness::NotAsked,
     }
 }
 

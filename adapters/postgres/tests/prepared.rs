@@ -6,7 +6,7 @@ mod fixture;
 use std::time::Duration;
 
 use fixture::{LEASE, Place, Through, claim, key, lease, number, process, request};
-use hapax::{Claim, Outcome, ProcessedStore, Recorded};
+use hapax::{Claim, Outcome, ProcessedStore, Recorded, TransactionalStore};
 use hapax_postgres::PostgresStore;
 use hapax_postgres::sqlx::{self, AssertSqlSafe, Row};
 use tokio::time::Instant;
@@ -28,10 +28,18 @@ async fn prepared(place: &Place) -> i64 {
     sum
 }
 
-/// Claims and records one by one, which is what is prepared.
+/// Claims, records and handlers' transactions one by one, which is what is prepared.
 async fn work(store: &PostgresStore, consumer: hapax::ConsumerId, events: std::ops::Range<u64>) {
     for n in events.clone() {
-        process(store, consumer, n..n + 1).await;
+        if n % 2 == 0 {
+            process(store, consumer, n..n + 1).await;
+            continue;
+        }
+        let held = lease(store, consumer, n).await;
+        let (tx, lent) = store.begin().await.expect("a transaction begins");
+        drop(tx);
+        let answers = store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.expect("it is recorded");
+        assert_eq!(answers, [Recorded::Done], "event {n}");
     }
     for n in events {
         assert!(matches!(claim(store, consumer, n, 7).await, Claim::Processed { .. }), "event {n} was processed");
@@ -42,11 +50,27 @@ async fn work(store: &PostgresStore, consumer: hapax::ConsumerId, events: std::o
 async fn what_runs_for_every_event_is_prepared_where_the_pool_leads_to_the_server_itself() {
     let place = Place::fresh().await;
     let (store, consumer) = place.opened().await;
-    work(&store, consumer, 0..5).await;
+    work(&store, consumer, 0..10).await;
     drop(store);
     // Given back to the pool by a task.
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(prepared(&place).await, 2);
+    assert_eq!(prepared(&place).await, 3);
+}
+
+#[tokio::test]
+async fn a_handler_that_lets_go_of_what_is_prepared_is_recorded_all_the_same() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    work(&store, consumer, 0..10).await;
+    let held = lease(&store, consumer, 11).await;
+    let (mut tx, lent) = store.begin().await.expect("a transaction begins");
+    place.write(&mut tx, "kept").await;
+    sqlx::raw_sql("DEALLOCATE ALL").execute(&mut *tx).await.expect("it is let go");
+    drop(tx);
+    let answers = store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.expect("it is recorded");
+    assert_eq!(answers, [Recorded::Done]);
+    assert_eq!(place.rows().await, ["kept"]);
+    work(&store, consumer, 20..24).await;
 }
 
 #[tokio::test]
@@ -56,7 +80,7 @@ async fn nothing_is_prepared_behind_a_bouncer_nor_where_it_is_not_wanted() {
         let builder = if through == Through::Owner { place.builder().prepare(false) } else { place.builder() };
         let store = builder.connect().await.expect("the store connects");
         let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
-        work(&store, consumer, 0..5).await;
+        work(&store, consumer, 0..10).await;
         drop(store);
         tokio::time::sleep(Duration::from_millis(200)).await;
         // Behind the bouncer these are its servers, in turn.
