@@ -72,14 +72,14 @@ where
     /// Drives until nothing is in flight and nothing more comes.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..ROUNDS_MAX {
-            let mut moved = self.poll_lives(cx);
+            let mut moved = self.poll_lives();
             self.shared.launch_batches();
             moved |= self.runners.hand_over(&self.shared.started);
             self.shared.launch(|call| self.calls.push(call));
             moved |= self.poll_calls(cx);
             moved |= self.poll_intake(cx);
             moved |= self.poll_tick(cx);
-            if !moved {
+            if !moved && self.lives.rest(cx) {
                 let over = self.shared.is_draining() && self.events == 0;
                 return if over { Poll::Ready(()) } else { Poll::Pending };
             }
@@ -88,10 +88,10 @@ where
         Poll::Pending
     }
 
-    fn poll_lives(&mut self, cx: &Context<'_>) -> bool {
+    fn poll_lives(&mut self) -> bool {
         let Self { lives, lanes, events, bytes, .. } = self;
         let mut next = Vec::new();
-        let polled = lives.poll(cx, |tag| {
+        let polled = lives.poll(|tag| {
             *events -= 1;
             *bytes -= tag.bytes;
             if let (Some(lanes), Some(lane)) = (lanes.as_mut(), tag.lane) {

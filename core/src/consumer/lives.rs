@@ -5,7 +5,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Wake, Waker};
 
 use futures_util::task::AtomicWaker;
@@ -39,6 +39,12 @@ struct SlotWake {
     woken: Arc<Woken>,
 }
 
+impl Woken {
+    fn lock(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Wake for SlotWake {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
@@ -48,7 +54,7 @@ impl Wake for SlotWake {
         if self.queued.swap(true, Ordering::AcqRel) {
             return;
         }
-        let mut slots = self.woken.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.woken.lock();
         slots.push(self.index);
         let first = slots.len() == 1;
         drop(slots);
@@ -93,11 +99,12 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
     }
 
     /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers whether any was
-    /// polled; wakes `cx` when there is another.
-    pub(super) fn poll(&mut self, cx: &Context<'_>, mut ended: impl FnMut(T)) -> bool {
-        // Registered before the list is read: a wake between the two is seen by one of them.
-        self.woken.driver.register(cx.waker());
-        std::mem::swap(&mut self.round, &mut *self.woken.slots.lock().unwrap_or_else(PoisonError::into_inner));
+    /// polled. Nobody is woken when there is another: the driver asks again, or [`rest`](Self::rest)s.
+    pub(super) fn poll(&mut self, mut ended: impl FnMut(T)) -> bool {
+        // A driver that is awake sees for itself what is woken in its round. To be woken then would cost it another
+        // poll for nothing, and the runtime a thread that looks for work.
+        drop(self.woken.driver.take());
+        std::mem::swap(&mut self.round, &mut *self.woken.lock());
         let any = !self.round.is_empty();
         if self.in_order {
             self.round.sort_unstable();
@@ -116,32 +123,71 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         }
         any
     }
+
+    /// Whether the driver may wait: `cx` is woken with the next life. If not, one was woken since the last round.
+    pub(super) fn rest(&self, cx: &Context<'_>) -> bool {
+        // Registered before the list is looked at: a wake between the two is seen by one of them.
+        self.woken.driver.register(cx.waker());
+        self.woken.lock().is_empty()
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
-    use futures_util::task::noop_waker;
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_driver_that_rests_is_woken_and_one_that_is_awake_is_not() {
+        let wakes = Arc::<Wakes>::default();
+        let waker = Waker::from(Arc::clone(&wakes));
+        let cx = Context::from_waker(&waker);
+        let wakes = || wakes.0.load(Ordering::Relaxed);
+        let mut lives = Lives::new();
+        let mut wakes_itself = true;
+        let life = std::future::poll_fn(move |cx| {
+            if std::mem::take(&mut wakes_itself) {
+                cx.waker().wake_by_ref();
+            }
+            std::task::Poll::Pending
+        });
+        lives.start(life, ());
+        assert!(!lives.rest(&cx), "there is one to be polled");
+        assert!(lives.poll(|()| ()) && lives.poll(|()| ()));
+        assert_eq!(wakes(), 0, "the driver was awake");
+        assert!(lives.rest(&cx));
+        lives.slots[0].wake.wake_by_ref();
+        assert_eq!(wakes(), 1);
+    }
 
     #[test]
     fn a_slot_is_used_again_and_a_late_wake_of_its_former_life_is_harmless() {
         let mut lives = Lives::new();
         let mut ended = Vec::new();
-        let waker = noop_waker();
-        let cx = Context::from_waker(&waker);
         lives.start(std::future::ready(()), 1);
-        assert!(lives.poll(&cx, |tag| ended.push(tag)));
+        assert!(lives.poll(|tag| ended.push(tag)));
         lives.slots[0].wake.wake_by_ref();
-        assert!(lives.poll(&cx, |tag| ended.push(tag)));
+        assert!(lives.poll(|tag| ended.push(tag)));
         lives.start(std::future::ready(()), 2);
         assert_eq!((lives.tags().count(), lives.slots.len()), (1, 1));
-        lives.poll(&cx, |tag| ended.push(tag));
+        lives.poll(|tag| ended.push(tag));
         assert_eq!(ended, [1, 2]);
-        assert!(!lives.poll(&cx, |_| ()));
+        assert!(!lives.poll(|_| ()));
     }
 
-    #[tokio::test]
-    async fn a_life_that_wakes_itself_is_polled_again() {
+    #[test]
+    fn a_life_that_wakes_itself_is_polled_again() {
         let mut lives = Lives::new();
         let mut polls = 0;
         let life = std::future::poll_fn(move |cx| {
@@ -150,14 +196,11 @@ mod tests {
             if polls == 3 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
         });
         lives.start(life, ());
-        let mut rounds = 0;
-        std::future::poll_fn(|cx| {
-            let mut over = false;
-            lives.poll(cx, |()| over = true);
+        let (mut rounds, mut over) = (0, false);
+        while !over {
+            assert!(lives.poll(|()| over = true), "it woke itself");
             rounds += 1;
-            if over { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
+        }
         assert_eq!(rounds, 3);
     }
 }

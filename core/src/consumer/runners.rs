@@ -173,7 +173,7 @@ async fn run(inbox: Arc<Inbox>) {
         }
         // A handler that only gave way goes on at once, without a turn of the scheduler.
         for _ in 0..ROUNDS_MAX {
-            if !handlers.poll(cx, |runs| ended.push(runs)) {
+            if !handlers.poll(|runs| ended.push(runs)) {
                 break;
             }
         }
@@ -181,6 +181,9 @@ async fn run(inbox: Arc<Inbox>) {
         // round that blocks would hold it up.
         ended.drain(..).for_each(Runs::tell);
         inbox.rounds.fetch_add(1, Ordering::Relaxed);
+        if !handlers.rest(cx) {
+            cx.waker().wake_by_ref();
+        }
         Poll::<()>::Pending
     })
     .await;
