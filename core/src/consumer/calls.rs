@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::coalesce::{Batch, Coalescer};
 use super::shared::Shared;
@@ -104,7 +104,7 @@ impl Shared {
         while let Some(range) = next.take().or_else(|| ranges.pop_back()) {
             let asked = Instant::now();
             let requests = &batch.requests[range.clone()];
-            match self.in_time(verb, requests.len(), call(self, requests)).await {
+            match self.in_time(verb, asked, requests.len(), call(self, requests)).await {
                 Ok(answers) => {
                     self.store_is_up();
                     batch.answer(range.start, answers.into_iter().map(|a| Ok(answer(a, asked))));
@@ -183,7 +183,7 @@ impl Shared {
                 &again
             };
             let settle = async { Ok(self.broker.settle(items).await) };
-            let results = match self.in_time(Verb::Settle, items.len(), settle).await {
+            let results = match self.in_time(Verb::Settle, Instant::now(), items.len(), settle).await {
                 Ok(results) => results,
                 Err(error) => (0..items.len()).map(|_| Err(Error::new(error.kind(), "settle"))).collect(),
             };
@@ -239,7 +239,7 @@ impl Shared {
             let items: Vec<_> = open.iter().map(|index| batch.requests[*index].clone()).collect();
             let count = items.len();
             let publish = async { Ok(publisher.publish(items).await) };
-            let results = match self.in_time(Verb::Publish, count, publish).await {
+            let results = match self.in_time(Verb::Publish, Instant::now(), count, publish).await {
                 Ok(results) => results,
                 Err(error) => (0..count).map(|_| Err(Error::new(error.kind(), "publish"))).collect(),
             };
@@ -286,7 +286,7 @@ impl Shared {
         while let Some(range) = ranges.pop() {
             let sent = Instant::now();
             let renew = self.store.renew(&leases[range.clone()], self.settings.lease);
-            match self.in_time(Verb::Renew, range.len(), renew).await {
+            match self.in_time(Verb::Renew, sent, range.len(), renew).await {
                 Ok(answers) => {
                     self.store_is_up();
                     let lost = self.keepalive.renewed(&due[range], &answers, sent);
@@ -317,10 +317,15 @@ impl Shared {
         }
     }
 
-    /// A call with its deadline and one answer for each item. Dropping it means that its outcome is unknown.
-    async fn in_time<A>(&self, verb: Verb, items: usize, call: impl Future<Output = Result<Vec<A>>>) -> Result<Vec<A>> {
-        let asked = Instant::now();
-        let result = match timeout(self.settings.call_timeout, call).await {
+    /// A call that is asked now, with its deadline and one answer for each item. Dropping it means that its outcome is unknown.
+    async fn in_time<A>(
+        &self,
+        verb: Verb,
+        asked: Instant,
+        items: usize,
+        call: impl Future<Output = Result<Vec<A>>>,
+    ) -> Result<Vec<A>> {
+        let result = match timeout_at(asked + self.settings.call_timeout, call).await {
             Ok(Ok(answers)) if answers.len() != items => {
                 let why = format!("{} answers to {items} items", answers.len());
                 Err(Error::new(ErrorKind::Internal, name(verb)).because(why))

@@ -71,6 +71,8 @@ where
 
     /// Drives until nothing is in flight and nothing more comes.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // Once before the rounds: a tick has much more time than they take.
+        while self.poll_tick(cx) {}
         for _ in 0..ROUNDS_MAX {
             let mut moved = self.poll_lives();
             self.shared.launch_batches();
@@ -78,7 +80,6 @@ where
             self.shared.launch(|call| self.calls.push(call));
             moved |= self.poll_calls(cx);
             moved |= self.poll_intake(cx);
-            moved |= self.poll_tick(cx);
             if !moved && self.lives.rest(cx) {
                 let over = self.shared.is_draining() && self.events == 0;
                 return if over { Poll::Ready(()) } else { Poll::Pending };

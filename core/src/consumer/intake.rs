@@ -22,9 +22,10 @@ const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(1);
 pub(super) struct Intake {
     broker: Arc<dyn Broker>,
     receiving: Option<Receiving>,
-    receiving_since: Instant,
     /// The last receive failed, and none has reached the broker since.
     failed: bool,
+    /// When the receive after a failure began.
+    receiving_since: Instant,
     /// A receive that waits for so long has reached it.
     reached_after: Duration,
     pausing: Option<Pin<Box<Sleep>>>,
@@ -73,7 +74,9 @@ impl Intake {
         }
         let receiving = self.receiving.get_or_insert_with(|| {
             let broker = Arc::clone(&self.broker);
-            self.receiving_since = Instant::now();
+            if self.failed {
+                self.receiving_since = Instant::now();
+            }
             Box::pin(async move { broker.receive(want).await })
         });
         let Poll::Ready(result) = receiving.as_mut().poll(cx) else {
