@@ -32,8 +32,12 @@ const LOOK: Duration = Duration::from_secs(6);
 const HEAR: Duration = Duration::from_millis(1_500);
 /// Most of what it says that is listened to.
 const HEARD_MAX: usize = 64;
+/// How long until a server is asked again for what it did not know.
+const AGAIN: Duration = Duration::from_millis(50);
 /// How long describing topics may take: without an answer less is promised.
 const DESCRIBE: Duration = Duration::from_secs(5);
+/// How long a topic that was just created may take to be described.
+const DESCRIBED_MAX: Duration = Duration::from_secs(3);
 /// How long created topics may take to be seen by every server.
 const SEEN_MAX: Duration = Duration::from_secs(15);
 
@@ -96,25 +100,46 @@ async fn look(
     declare: Option<&Declare>,
 ) -> Result<Facts> {
     let mut shapes = shapes(admin, properties, places).await?;
-    let mut missing = missing(places, &shapes);
-    if let Some(declare) = declare.filter(|_| !missing.is_empty()) {
+    let missing = missing(places, &shapes);
+    let mut patience = Duration::ZERO;
+    if !missing.is_empty() {
+        let Some(declare) = declare else { return Err(absent(properties, &missing)) };
         let own: Vec<&Arc<str>> = places.own().collect();
         let (own, mains): (Vec<_>, Vec<_>) = missing.iter().cloned().partition(|name| own.contains(&name));
         // The topics themselves first: what they take says what their retries and dead letters must take.
-        create(admin, &mains, declare, None).await?;
-        let taken = largest(admin, &mains_of(places)).await;
-        create(admin, &own, declare, Some(taken)).await?;
-        let until = Instant::now() + SEEN_MAX;
-        while !missing.is_empty() && Instant::now() < until {
-            sleep(Duration::from_millis(50)).await;
-            shapes = self::shapes(admin, properties, places).await?;
-            missing = self::missing(places, &shapes);
+        if !mains.is_empty() {
+            create(admin, &mains, declare, None).await?;
+            seen(admin, properties, places, &mains).await?;
         }
+        if !own.is_empty() {
+            let taken = largest(admin, &mains_of(places)).await?;
+            create(admin, &own, declare, Some(taken)).await?;
+        }
+        shapes = seen(admin, properties, places, &missing).await?;
+        patience = DESCRIBED_MAX;
     }
-    if !missing.is_empty() {
-        return Err(absent(properties, &missing));
+    facts(admin, places, &shapes, patience).await
+}
+
+/// Waits until the servers tell of topics that were just created.
+async fn seen(
+    admin: &Admin,
+    properties: &Properties,
+    places: &Arc<Places>,
+    created: &[Arc<str>],
+) -> Result<BTreeMap<Arc<str>, Shape>> {
+    let until = Instant::now() + SEEN_MAX;
+    loop {
+        let shapes = shapes(admin, properties, places).await?;
+        let unseen: Vec<Arc<str>> = created.iter().filter(|name| !shapes.contains_key(*name)).cloned().collect();
+        if unseen.is_empty() {
+            return Ok(shapes);
+        }
+        if Instant::now() >= until {
+            return Err(absent(properties, &unseen));
+        }
+        sleep(AGAIN).await;
     }
-    facts(admin, places, &shapes).await
 }
 
 fn missing(places: &Places, shapes: &BTreeMap<Arc<str>, Shape>) -> Vec<Arc<str>> {
@@ -212,21 +237,22 @@ fn mains_of(places: &Places) -> Vec<&str> {
     places.subscribed[..places.mains()].iter().map(|place| &*place.name).collect()
 }
 
-/// The largest message that one of these topics takes, as far as they can be described.
-async fn largest(admin: &Admin, topics: &[&str]) -> u64 {
-    let Some(told) = described(admin, topics).await else { return 0 };
-    told.iter()
-        .filter_map(|told| number(told, "max.message.bytes"))
-        .filter_map(|most| u64::try_from(most).ok())
-        .max()
-        .unwrap_or(0)
+/// The largest message that one of these topics takes, as far as they may be described. Without an answer it fails, and can
+/// be tried again: what is created too small stays so, and is refused ever after.
+async fn largest(admin: &Admin, topics: &[&str]) -> Result<u64> {
+    let told = match described(admin, topics, DESCRIBED_MAX).await {
+        Ok(told) => told,
+        Err(refused) => {
+            let told = error("open", refused);
+            return if told.kind() == ErrorKind::Unknown { Err(told) } else { Ok(0) };
+        }
+    };
+    let most = told.iter().filter_map(|told| number(told, "max.message.bytes"));
+    Ok(most.filter_map(|most| u64::try_from(most).ok()).max().unwrap_or(0))
 }
 
 /// Creates topics; those that are for messages of others take what those take, with headers.
 async fn create(admin: &Admin, missing: &[Arc<str>], declare: &Declare, taken: Option<u64>) -> Result<()> {
-    if missing.is_empty() {
-        return Ok(());
-    }
     let most = taken.map(|taken| (taken + HEADER_BYTES).clamp(OWN_BYTES_MIN, BYTES_MAX).to_string());
     let new: Vec<NewTopic<'_>> = missing
         .iter()
@@ -255,23 +281,29 @@ async fn create(admin: &Admin, missing: &[Arc<str>], declare: &Declare, taken: O
     Ok(())
 }
 
-async fn described(admin: &Admin, topics: &[&str]) -> Option<Vec<Config>> {
+/// What topics are configured with. A server that has not heard yet of a new topic says as little as one that may not
+/// tell, so whoever has just created one asks again for a while.
+async fn described(admin: &Admin, topics: &[&str], patience: Duration) -> Result<Vec<Config>, KafkaError> {
     let asked: Vec<ResourceSpecifier<'_>> = topics.iter().map(|name| ResourceSpecifier::Topic(name)).collect();
     let options = AdminOptions::new().request_timeout(Some(DESCRIBE));
-    match admin.describe_configs(&asked, &options).await {
-        Ok(told) => {
-            // By name: nothing says that the answers come in the order of the questions.
-            let mut told: BTreeMap<String, ConfigResource> = told.into_iter().flatten().filter_map(by_name).collect();
-            Some(topics.iter().map(|name| told.remove(*name)).collect())
+    let until = Instant::now() + patience;
+    loop {
+        let told = admin.describe_configs(&asked, &options).await?;
+        // By name: nothing says that the answers come in the order of the questions.
+        let mut told: BTreeMap<String, ConfigResource> = told.into_iter().flatten().filter_map(by_name).collect();
+        let told: Vec<Config> = topics.iter().map(|name| told.remove(*name)).collect();
+        if told.iter().all(Option::is_some) || Instant::now() >= until {
+            return Ok(told);
         }
-        Err(refused) => {
-            tracing::debug!(error = %refused, "topics cannot be described: their retention is unknown");
-            None
-        }
+        sleep(AGAIN).await;
     }
 }
 
+/// A topic that is refused has no properties, and its error is not handed on (rdkafka 0.39).
 fn by_name(told: ConfigResource) -> Option<(String, ConfigResource)> {
+    if told.entries.is_empty() {
+        return None;
+    }
     let OwnedResourceSpecifier::Topic(name) = &told.specifier else { return None };
     Some((name.clone(), told))
 }
@@ -286,12 +318,21 @@ fn number(told: &Config, key: &str) -> Option<i64> {
 
 /// Kafka acknowledges before it flushes, so one server alone does not survive a crash of its machine; two in-sync ones
 /// that must both have a message do, one of them.
-async fn facts(admin: &Admin, places: &Places, shapes: &BTreeMap<Arc<str>, Shape>) -> Result<Facts> {
+async fn facts(
+    admin: &Admin,
+    places: &Places,
+    shapes: &BTreeMap<Arc<str>, Shape>,
+    patience: Duration,
+) -> Result<Facts> {
     let mut facts = Facts { durability: Durability::Durable, kept: Some(Duration::ZERO) };
     let subscribed = places.subscribed.iter().map(|place| &place.name);
     let names: Vec<&str> = subscribed.chain(&places.dead).map(|name| &**name).collect();
-    let Some(told) = described(admin, &names).await else {
-        return Ok(Facts { durability: Durability::Lossy, kept: None });
+    let told = match described(admin, &names, patience).await {
+        Ok(told) => told,
+        Err(refused) => {
+            tracing::debug!(error = %refused, "topics cannot be described: their retention is unknown");
+            return Ok(Facts { durability: Durability::Lossy, kept: None });
+        }
     };
     let most: Vec<Option<i64>> = told.iter().map(|told| number(told, "max.message.bytes")).collect();
     for (at, name) in names.iter().enumerate() {
