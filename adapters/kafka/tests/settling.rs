@@ -113,7 +113,6 @@ async fn forged_retry_headers_are_clamped() {
     let mut topic = Topic::new(1);
     topic.step = Duration::from_secs(1);
     let broker = topic.opened().await;
-    let since = Instant::now();
     for due in ["18446744073709551615", "-1", "", "tomorrow"] {
         let headers = header("hapax-retry-due-unix-ms", due)
             .insert(Header { key: "hapax-retry-topic", value: Some("payments") })
@@ -125,7 +124,6 @@ async fn forged_retry_headers_are_clamped() {
     while arrived.len() < 4 {
         arrived.extend(timeout(SOON, broker.receive(support::WANT)).await.expect("soon").expect("the broker delivers"));
     }
-    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
     for delivery in &arrived {
         let origin = delivery.origin.as_ref().expect("it stands somewhere");
         assert_eq!(&*origin.place, format!("{}/0", topic.retry()), "not where a forger says");
