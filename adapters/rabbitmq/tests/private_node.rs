@@ -19,6 +19,12 @@ use tokio::time::{Instant, timeout};
 /// As long as a loaded machine needs to start a node.
 const NODE_DEADLINE: Duration = Duration::from_secs(120);
 
+const USUAL_WATERMARK: &[&str] = &["set_vm_memory_high_watermark", "absolute", "1GB"];
+const USUAL_TIMEOUT: &[&str] = &[
+    "eval",
+    "application:set_env(rabbit, consumer_timeout, 1800000), application:set_env(rabbit, channel_tick_interval, 60000).",
+];
+
 static NODE: Mutex<Weak<Node>> = Mutex::new(Weak::new());
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -54,8 +60,15 @@ impl Node {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    fn rabbitmqctl(&self, arguments: &[&str]) {
-        self.script(&[&["rabbitmqctl"], arguments].concat());
+    /// Off the runtime's thread: it takes Erlang seconds to start, and this test's connections have heartbeats to send.
+    async fn rabbitmqctl(self: &Arc<Self>, arguments: &[&str]) {
+        let node = Arc::clone(self);
+        let words: Vec<String> = ["rabbitmqctl"].iter().chain(arguments).map(ToString::to_string).collect();
+        let told = tokio::task::spawn_blocking(move || {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            node.script(&words)
+        });
+        told.await.expect("the script succeeds");
     }
 
     fn url(&self, user: &str) -> SecretUrl {
@@ -65,6 +78,18 @@ impl Node {
     /// A queue of its own on this node.
     fn queue(&self) -> Rabbit {
         Rabbit::on(self.url("hapax"))
+    }
+}
+
+/// What a test that fails would leave behind, for all that come after it.
+struct Undo(Arc<Node>, &'static [&'static str]);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let words = [&["rabbitmqctl"], self.1].concat();
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.0.script(&words)));
+        }
     }
 }
 
@@ -87,7 +112,8 @@ async fn a_blocked_connection_is_back_pressure() {
     broker.open(limits(64)).await.expect("the broker opens");
     rabbit.publish(0..3).await;
     let held = receive(&broker, 2).await;
-    node.rabbitmqctl(&["set_vm_memory_high_watermark", "absolute", "1"]);
+    let undo = Undo(Arc::clone(&node), USUAL_WATERMARK);
+    node.rabbitmqctl(&["set_vm_memory_high_watermark", "absolute", "1"]).await;
     for attempt in 1.. {
         let error = settle(&broker, held[0].receipt, letter()).await.expect_err("publishers are blocked");
         assert!(error.is_retryable(), "{error}");
@@ -99,7 +125,8 @@ async fn a_blocked_connection_is_back_pressure() {
     settle(&broker, held[1].receipt, Settlement::Ack).await.expect("acks go on");
     assert_eq!(receive(&broker, 1).await.len(), 1, "deliveries go on");
     assert!(held[0].session.is_live());
-    node.rabbitmqctl(&["set_vm_memory_high_watermark", "absolute", "1GB"]);
+    node.rabbitmqctl(USUAL_WATERMARK).await;
+    drop(undo);
     let unblocked = Instant::now();
     while let Err(error) = settle(&broker, held[0].receipt, letter()).await {
         assert!(unblocked.elapsed() < rabbit::SOON, "{error}");
@@ -118,13 +145,13 @@ async fn a_place_that_never_confirms_spares_its_neighbours() {
     rabbit.publish(0..2).await;
     let held = receive(&broker, 2).await;
     let process = |verb: &str| format!("sys:{verb}(list_to_atom(\"%2F_{}\")).", rabbit.dead());
-    node.rabbitmqctl(&["eval", &process("suspend")]);
+    node.rabbitmqctl(&["eval", &process("suspend")]).await;
     let retry = Settlement::Retry { after: Duration::from_secs(3) };
     let batch = [(held[0].receipt, letter()), (held[1].receipt, retry)];
     let answers = soon("settle", broker.settle(&batch)).await;
     assert!(answers[0].as_ref().is_err_and(hapax::Error::is_retryable), "{answers:?}");
     assert!(answers[1].is_ok(), "{answers:?}");
-    node.rabbitmqctl(&["eval", &process("resume")]);
+    node.rabbitmqctl(&["eval", &process("resume")]).await;
     settle(&broker, held[0].receipt, letter()).await.expect("it is set aside");
     assert_eq!(ids(&receive(&broker, 1).await), ["1"]);
     broker.close().await.expect("it closes");
@@ -143,7 +170,7 @@ async fn silent_places_hold_up_nobody_else() {
     let process = |verb: &str, queue: &str| format!("sys:{verb}(list_to_atom(\"%2F_{queue}\")).");
     let silent = [rabbit.dead(), rabbit.wait("1500ms"), rabbit.wait("3s")];
     for queue in &silent {
-        node.rabbitmqctl(&["eval", &process("suspend", queue)]);
+        node.rabbitmqctl(&["eval", &process("suspend", queue)]).await;
     }
     let batch = [
         (held[0].receipt, letter()),
@@ -166,7 +193,7 @@ async fn silent_places_hold_up_nobody_else() {
     };
     let sound = async {
         for (at, delivery) in held[3..].iter().enumerate() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
             let retry = Settlement::Retry { after: Duration::from_millis(500) };
             let settlement = if at % 2 == 0 { retry } else { Settlement::Ack };
             settle(&broker, delivery.receipt, settlement).await.expect("it waits for nobody");
@@ -175,7 +202,7 @@ async fn silent_places_hold_up_nobody_else() {
     };
     tokio::join!(again, sound);
     for queue in &silent {
-        node.rabbitmqctl(&["eval", &process("resume", queue)]);
+        node.rabbitmqctl(&["eval", &process("resume", queue)]).await;
     }
     for (receipt, settlement) in batch {
         settle(&broker, receipt, settlement).await.expect("it is placed");
@@ -189,7 +216,8 @@ async fn consumer_timeout_is_surfaced() {
     let (node, _turn) = (Node::get(), TURN.lock().await);
     let short =
         "application:set_env(rabbit, consumer_timeout, 1000), application:set_env(rabbit, channel_tick_interval, 500).";
-    node.rabbitmqctl(&["eval", short]);
+    let undo = Undo(Arc::clone(&node), USUAL_TIMEOUT);
+    node.rabbitmqctl(&["eval", short]).await;
     let rabbit = node.queue();
     let broker = rabbit.opened().await;
     rabbit.publish([1]).await;
@@ -201,8 +229,8 @@ async fn consumer_timeout_is_surfaced() {
     assert_eq!(again.message, old.message);
     settle(&broker, again.receipt, Settlement::Ack).await.expect("the new session settles");
     broker.close().await.expect("it closes");
-    let default = "application:set_env(rabbit, consumer_timeout, 1800000), application:set_env(rabbit, channel_tick_interval, 60000).";
-    node.rabbitmqctl(&["eval", default]);
+    node.rabbitmqctl(USUAL_TIMEOUT).await;
+    drop(undo);
 }
 
 /// Killed with -9 and started again: nothing confirmed is lost, what was unsettled comes again, what waits is not forgotten, and
@@ -250,8 +278,8 @@ async fn least_rights_suffice() {
         ("creates", &*own, &*with_default, &*own),
         ("may_nothing", "^$", "^$", "^$"),
     ] {
-        node.rabbitmqctl(&["add_user", user, user]);
-        node.rabbitmqctl(&["set_permissions", user, configure, write, read]);
+        node.rabbitmqctl(&["add_user", user, user]).await;
+        node.rabbitmqctl(&["set_permissions", user, configure, write, read]).await;
     }
     let as_user =
         |user: &str| RabbitBroker::builder(node.url(user), &*queue, GROUP).retry_steps([Duration::from_millis(500)]);
