@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use broker::{
     Client, TAKE_OVER, ack, id, letter, limits, member, opened, publish, receive, server, settle, silence, unique,
+    until_trimmed,
 };
 use hapax::{Broker, ErrorKind, SessionState, Settlement};
 use hapax_redis::redis::{Value, from_redis_value};
@@ -148,7 +149,8 @@ async fn deleted_entry_in_pel_is_cleared_and_reported() {
     let builder = RedisBroker::builder(server(), stream.as_str(), "g").take_over_after(TAKE_OVER);
     let builder = builder.on_trimmed(move |trimmed| heard.lock().unwrap().push(trimmed.stream.clone()));
     let broker = opened(builder.build().unwrap()).await;
-    silence(&broker, TAKE_OVER * 2).await;
+    until_trimmed(&broker, 3).await;
+    silence(&broker, TAKE_OVER).await;
     assert_eq!(broker.trimmed(), 3);
     assert_eq!(*told.lock().unwrap(), vec![stream.clone().into_boxed_str(); 3]);
     assert_eq!(client.pending(&stream).await, 0);
@@ -220,7 +222,8 @@ async fn an_entry_trimmed_in_the_hand_of_one_that_died_is_reported() {
     tokio::time::sleep(TAKE_OVER).await;
     drop((victim, held));
     let other = member(&stream).await;
-    silence(&other, TAKE_OVER * 2).await;
+    until_trimmed(&other, 1).await;
+    silence(&other, TAKE_OVER).await;
     assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
 }
 
@@ -259,7 +262,8 @@ async fn an_entry_trimmed_in_the_hand_of_one_that_closes_is_reported() {
     let back = receive(&other, 1).await;
     assert_eq!(id(&back[0]), 1);
     ack(&other, &back).await;
-    silence(&other, TAKE_OVER * 2).await;
+    until_trimmed(&other, 1).await;
+    silence(&other, TAKE_OVER).await;
     assert_eq!((other.trimmed(), client.pending(&stream).await), (1, 0));
 }
 

@@ -97,7 +97,7 @@ async fn a_full_server_is_still_consumed() {
     let broker = opened(build(&server.url(), "s")).await;
     publish_at(&server.url(), "s", 0..5).await;
     let held = receive(&broker, 5).await;
-    settle(&broker, held[4].receipt, Settlement::Retry { after: Duration::from_millis(500) }).await;
+    settle(&broker, held[4].receipt, Settlement::Retry { after: Duration::from_secs(2) }).await;
     server.ask::<()>("CONFIG SET maxmemory 1").await;
     publish_refused(&server.url()).await;
     for settlement in [Settlement::Retry { after: Duration::ZERO }, Settlement::DeadLetter(letter())] {
@@ -105,7 +105,7 @@ async fn a_full_server_is_still_consumed() {
         assert_eq!(answer.unwrap_err().kind(), ErrorKind::Full);
     }
     ack(&broker, &held[1..4]).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
     settle(&broker, held[0].receipt, Settlement::Release { counted: true }).await;
     let again = receive(&broker, 1).await;
     assert_eq!(id(&again[0]), 0, "the retry is due, but there is no room to move it");

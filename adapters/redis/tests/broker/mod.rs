@@ -83,7 +83,21 @@ pub(crate) fn letter() -> Box<DeadLetter> {
     })
 }
 
-/// Receives until there are `count`, within ten seconds.
+/// How long anything may take before a test fails.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// Waits until the broker has told of this many entries that were trimmed away; nothing arrives meanwhile.
+pub(crate) async fn until_trimmed(broker: &RedisBroker, count: u64) {
+    let waiting = async {
+        while broker.trimmed() < count {
+            silence(broker, Duration::from_millis(100)).await;
+        }
+    };
+    let done = tokio::time::timeout(SOON, waiting).await;
+    assert!(done.is_ok(), "{} of {count} are told", broker.trimmed());
+}
+
+/// Receives until there are `count`.
 pub(crate) async fn receive(broker: &RedisBroker, count: usize) -> Vec<Delivery> {
     let mut all = Vec::new();
     let receiving = async {
@@ -92,7 +106,7 @@ pub(crate) async fn receive(broker: &RedisBroker, count: usize) -> Vec<Delivery>
             all.extend(broker.receive(WANT).await.unwrap_or_default());
         }
     };
-    let done = tokio::time::timeout(Duration::from_secs(10), receiving).await;
+    let done = tokio::time::timeout(SOON, receiving).await;
     assert!(done.is_ok(), "{} of {count} arrived", all.len());
     all
 }
