@@ -7,7 +7,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hapax::{Broker, Headers, Message, ProcessedStore, Publisher, StoreAdmin};
 use hapax_memory::{MemoryBroker, MemoryStore};
-use hapax_testkit::conformance::{BrokerFixture, Clock, StoreFixture};
+use hapax_testkit::conformance::{self, BrokerFixture, Clock, StoreFixture};
+use hapax_testkit::faulty::{Faults, FaultyStore};
 
 /// A topic in memory and a group on it.
 pub(crate) struct MemoryTopic(pub(crate) MemoryBroker);
@@ -76,6 +77,35 @@ impl StoreFixture for MemoryRecords {
     async fn admin(&self) -> Arc<dyn StoreAdmin> {
         Arc::new(self.0.clone())
     }
+}
+
+/// The same on a server that takes up to a fifth of a unit for each call.
+struct SlowRecords(MemoryRecords);
+
+#[async_trait]
+impl StoreFixture for SlowRecords {
+    const CLOCK: Clock = Clock::Paused;
+    const UNIT: Duration = Duration::from_millis(100);
+
+    async fn store(&self) -> Arc<dyn ProcessedStore> {
+        let slow = Faults { delay: 1.0, delay_max: Self::UNIT / 5, ..Faults::none(0) };
+        Arc::new(FaultyStore::new(self.0.store().await, slow.switch()))
+    }
+
+    async fn again(&self) -> Arc<dyn ProcessedStore> {
+        self.store().await
+    }
+
+    async fn admin(&self) -> Arc<dyn StoreAdmin> {
+        self.0.admin().await
+    }
+}
+
+/// A history is compared with what a clock of the suite's own says, and the calls' time is not on that.
+#[test]
+fn a_slow_server_passes_too() {
+    let case = async { conformance::store::a_batch_equals_its_items(&SlowRecords(MemoryRecords::fresh())).await };
+    conformance::run("a_batch_equals_its_items", Clock::Paused, case);
 }
 
 hapax_testkit::broker_conformance!(competing_consumers, MemoryTopic::competing());

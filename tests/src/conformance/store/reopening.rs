@@ -102,9 +102,9 @@ pub async fn a_doomed_event_is_granted_as_doomed<F: StoreFixture>(fixture: &F) {
     assert_held(&desk.claim("1").await, desk.lease);
     fixture.pass(desk.lease / 2).await;
     assert_eq!(desk.renew(lease, desk.lease).await, Renewal::Renewed, "its holder places the dead letter");
-    fixture.pass(desk.lease - F::UNIT * 2).await;
-    assert_held(&desk.claim("1").await, F::UNIT * 2);
-    fixture.pass(F::UNIT * 4).await;
+    fixture.pass(desk.lease - F::UNIT * 4).await;
+    assert_held(&desk.claim("1").await, F::UNIT * 4);
+    fixture.pass(F::UNIT * 5).await;
     let (next, history) = granted(desk.claim("1").await);
     assert!(next.fence > lease.fence);
     let history = history.expect("a doomed event has a history");
