@@ -537,7 +537,7 @@ async fn a_server_that_does_not_answer_ends_the_call() {
     let proxy = Proxy::start(upstream).await.unwrap();
     let options = server().host("127.0.0.1").port(proxy.address().port());
     let builder = PostgresStore::builder(pool_of(options, 4)).schema(&*place.schema).sweep_every(Duration::ZERO);
-    let store = builder.statement_timeout(Duration::from_millis(100)).connect().await.unwrap();
+    let store = builder.statement_timeout(Duration::from_secs(1)).connect().await.unwrap();
     let consumer = store.open("billing", RETENTION).await.unwrap();
     proxy.freeze();
     let asked = tokio::time::timeout(Duration::from_secs(10), store.claim(&[request(consumer, 1, 1)], LEASE)).await;

@@ -339,7 +339,8 @@ async fn a_locked_record_leaves_its_neighbours_renewed_and_recorded() {
         }
     }
     let place = Place::fresh().await;
-    let (store, consumer) = place.opened().await;
+    let store = place.builder().lock_timeout(Duration::from_millis(200)).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
     let held = leases(&store, consumer, 0..32).await;
     let mut other = place.owner.begin().await.unwrap();
     let lock = format!("SELECT 1 FROM {}.hapax_record WHERE key = '{}' FOR UPDATE", place.schema, key(9).to_hex());
@@ -447,7 +448,7 @@ async fn any_text_can_be_the_trouble() {
 async fn a_lease_ends_by_the_clock_of_the_server() {
     let place = Place::fresh().await;
     let (store, consumer) = place.opened().await;
-    let short = Duration::from_millis(400);
+    let short = Duration::from_millis(1_500);
     let first = store.claim(&[request(consumer, 1, 1)], short).await.unwrap().remove(0);
     let Claim::Granted(first, None) = first else { panic!("{first:?}") };
     let wait = match claim(&store, consumer, 1, 2).await {
