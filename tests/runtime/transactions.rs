@@ -227,12 +227,12 @@ async fn slow_handlers_with_many_waiting_lose_no_lease() {
         Ok(())
     }
     let ground = Ground::new().await;
-    let lease = Duration::from_secs(1);
+    let lease = Duration::from_secs(2);
     let billing = ground.start(|c| c.on_any_tx(slow).lease(lease).call_timeout(lease / 3)).await;
     ground.rig.send_all(0..64).await;
     let begun = Instant::now();
     ground.settled().await;
-    assert!(begun.elapsed() > lease * 2, "all of them took longer than a lease");
+    assert!(begun.elapsed() > lease, "all of them took longer than a lease");
     assert_eq!(ground.effects().await.len(), 64);
     let statistics = billing.statistics();
     assert_eq!((statistics.leases_lost, statistics.fenced, statistics.processed), (0, 0, 64));
