@@ -28,7 +28,7 @@ const PARAMETERS: [&str; 5] = ["heartbeat", "frame_max", "channel_max", "connect
 pub(crate) struct Address {
     shown: SecretUrl,
     nodes: Vec<AMQPUri>,
-    /// The node that is tried first; the next one after it failed.
+    /// The node that is tried first: the last that answered, or the one after the last that was tried.
     next: AtomicUsize,
     tls: OwnedTLSConfig,
     patience: Duration,
@@ -66,6 +66,8 @@ impl Address {
         let mut last = None;
         for at in 0..self.nodes.len() {
             let at = (first + at) % self.nodes.len();
+            // Beforehand: who waits for this may give up while a node is silent, and would meet it first each time.
+            self.next.store((at + 1) % self.nodes.len(), Ordering::Relaxed);
             match self.connect_to(&self.nodes[at], role).await {
                 Ok(connection) => {
                     self.next.store(at, Ordering::Relaxed);
@@ -74,7 +76,6 @@ impl Address {
                 Err(error) => last = Some(error),
             }
         }
-        self.next.store((first + 1) % self.nodes.len(), Ordering::Relaxed);
         Err(last.unwrap_or_else(|| Error::new(ErrorKind::Configuration, "connect").because("the url names no host")))
     }
 

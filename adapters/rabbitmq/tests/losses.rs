@@ -9,7 +9,7 @@ use std::time::Duration;
 use hapax::{Broker, ErrorKind, SessionState, Settlement};
 use hapax_rabbitmq::RabbitBroker;
 use rabbit::{Rabbit, ids, limits, receive, settle, silence, soon};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// Receives one, breaks the link as told, and looks at both sessions.
 async fn a_new_session_after(rabbit: &Rabbit, broker: &RabbitBroker, broken: impl AsyncFnOnce()) {
@@ -181,6 +181,31 @@ async fn publish_confirm_has_deadline() {
     proxy.heal();
     soon("publish", publisher.publish(one(4))).await.remove(0).expect("it connects again");
     publisher.close().await;
+}
+
+/// The attempt is cut off from outside while the first node is waited for: the next one must not begin there again.
+#[tokio::test]
+async fn a_node_that_hangs_does_not_hide_the_next_one() {
+    use hapax::{Outgoing, Publisher};
+    let rabbit = Rabbit::fresh();
+    // The kernel takes connections, and nobody ever answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let first = format!("@{},", silent.local_addr().expect("bound"));
+    let several = rabbit.at(&format!("{}?connection_timeout=60000", rabbit.url.expose().replacen('@', &first, 1)));
+
+    let broker = several.broker();
+    assert!(timeout(Duration::from_millis(300), broker.open(limits(8))).await.is_err(), "the first node is silent");
+    soon("open", broker.open(limits(8))).await.expect("the second node is tried");
+
+    let builder = hapax_rabbitmq::RabbitPublisher::builder(several.url.clone()).default_key(rabbit.queue.clone());
+    let publisher = builder.answer_timeout(Duration::from_secs(2)).build().expect("the settings hold");
+    let one = || vec![Outgoing::new(rabbit::event(1))];
+    let cut = soon("publish", publisher.publish(one())).await.remove(0);
+    assert!(cut.is_err_and(|error| error.is_retryable()), "the first node is silent");
+    soon("publish", publisher.publish(one())).await.remove(0).expect("the second node is tried");
+    assert_eq!(ids(&receive(&broker, 1).await), ["1"]);
+    publisher.close().await;
+    broker.close().await.expect("it closes");
 }
 
 /// What `receive` answers while the server is away is retryable, and consumption resumes without anybody's doing.
