@@ -8,7 +8,7 @@
 //! - [`Harness`]: a user's production wiring, without a broker and without waiting.
 //! - [`explore()`]: which await points of a handler stand a crash.
 //! - [`proxy`]: a link between a client and a real server that cuts, freezes and loses replies.
-//! - [`servers`]: where the real brokers and databases of a test are.
+//! - [`servers`]: where the real brokers and databases of a test are, and certificates for a private one.
 //! - [`checkers`]: the invariants of the promise, as functions over a history.
 //!
 //! Everything that decides is seeded, and every clock is tokio's: a run repeats exactly.

@@ -1,8 +1,10 @@
-//! Where the real servers of a test are: told by variables, never guessed, never skipped; and models of what they do.
+//! Where the real servers of a test are: told by variables, never guessed, never skipped; models of what they do,
+//! and certificates for those that a test starts itself.
 //!
 //! `scripts/brokers up` starts them, `scripts/brokers env` prints the variables. A test that needs a server asks here for
 //! its address; without one it fails with a message that names the command.
 
+pub mod certificates;
 pub mod group;
 pub mod queue;
 pub mod stream;

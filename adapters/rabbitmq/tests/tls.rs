@@ -2,14 +2,13 @@
 
 mod rabbit;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use hapax::{Broker, ErrorKind, Outgoing, Publisher, SecretUrl, Settlement};
 use hapax_rabbitmq::lapin::tcp::OwnedTLSConfig;
 use hapax_rabbitmq::{RabbitBroker, RabbitPublisher};
+use hapax_testkit::servers::certificates::Certificates;
 use rabbit::raw::{self, Raw};
 use rabbit::{GROUP, Rabbit, event, ids, letter, limits, receive, settle, soon};
 use tokio::net::{TcpListener, TcpStream};
@@ -22,45 +21,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 const CANARY: &str = "c4nary";
 
-/// Certificates in a folder that is removed at the end.
-struct Certificates(PathBuf);
-
-impl Certificates {
-    /// Two authorities, and a server certificate of the first for `localhost`.
-    fn new() -> Self {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_nanos();
-        let folder = std::env::temp_dir().join(format!("hapax-rabbitmq-tls-{}-{now:x}", std::process::id()));
-        std::fs::create_dir(&folder).expect("a folder");
-        for ca in ["ca", "other"] {
-            let words = format!("req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {ca}.key -out {ca}.pem");
-            openssl(&folder, &format!("{words} -subj /CN=hapax-tests-{ca}"));
-        }
-        std::fs::write(folder.join("extensions"), "subjectAltName=DNS:localhost\n").expect("a file");
-        openssl(&folder, "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost");
-        let sign = "x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions";
-        openssl(&folder, &format!("{sign} -in server.csr -out server.pem"));
-        Self(folder)
-    }
-
-    fn read(&self, name: &str) -> String {
-        std::fs::read_to_string(self.0.join(name)).expect("it was made")
-    }
-
-    fn trusted(&self, ca: &str) -> OwnedTLSConfig {
-        OwnedTLSConfig { identity: None, cert_chain: Some(self.read(ca)) }
-    }
-}
-
-impl Drop for Certificates {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn openssl(folder: &Path, words: &str) {
-    let made =
-        Command::new("openssl").args(words.split(' ')).current_dir(folder).output().expect("openssl is installed");
-    assert!(made.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&made.stderr));
+fn trusted(certificates: &Certificates, ca: &str) -> OwnedTLSConfig {
+    OwnedTLSConfig { identity: None, cert_chain: Some(certificates.read(ca)) }
 }
 
 /// Ends TLS and passes the rest on.
@@ -71,10 +33,10 @@ struct Terminator {
 
 impl Terminator {
     async fn start(certificates: &Certificates, upstream: String) -> Self {
-        let chain = CertificateDer::pem_slice_iter(certificates.read("server.pem").as_bytes())
+        let chain = CertificateDer::pem_slice_iter(certificates.read("localhost.pem").as_bytes())
             .collect::<Result<Vec<_>, _>>()
             .expect("certificates");
-        let key = PrivateKeyDer::from_pem_slice(certificates.read("server.key").as_bytes()).expect("a key");
+        let key = PrivateKeyDer::from_pem_slice(certificates.read("localhost.key").as_bytes()).expect("a key");
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("ring knows them")
@@ -124,10 +86,10 @@ async fn everything_goes_over_tls_with_an_authority_of_ones_own() {
     let (login, host, path) = parts(rabbit.url.expose());
     let terminator = Terminator::start(&certificates, host.to_owned()).await;
     let url = format!("amqps://{login}@localhost:{}/{path}", terminator.port);
-    let broker = builder(&rabbit, &url, certificates.trusted("ca.pem")).build().expect("the settings hold");
+    let broker = builder(&rabbit, &url, trusted(&certificates, "ca.pem")).build().expect("the settings hold");
     broker.open(limits(8)).await.expect("the broker opens");
     let publisher = RabbitPublisher::builder(SecretUrl::parse(&url).expect("a url")).default_key(&*rabbit.queue);
-    let publisher = publisher.tls(certificates.trusted("ca.pem")).build().expect("the settings hold");
+    let publisher = publisher.tls(trusted(&certificates, "ca.pem")).build().expect("the settings hold");
     publisher.publish(vec![Outgoing::new(event(1))]).await.remove(0).expect("it is sent");
     let held = receive(&broker, 1).await.remove(0);
     settle(&broker, held.receipt, Settlement::Retry { after: Duration::ZERO }).await.expect("it waits");
@@ -153,9 +115,9 @@ async fn a_server_that_cannot_be_trusted_is_told_without_secrets() {
     let terminator = Terminator::start(&certificates, host.to_owned()).await;
     let at = |host: &str| format!("amqps://shop:{CANARY}@{host}:{}/{path}", terminator.port);
     for (what, url, tls) in [
-        ("another authority", at("localhost"), certificates.trusted("other.pem")),
+        ("another authority", at("localhost"), trusted(&certificates, "other.pem")),
         ("the system's authorities", at("localhost"), OwnedTLSConfig::default()),
-        ("another name", at("127.0.0.1"), certificates.trusted("ca.pem")),
+        ("another name", at("127.0.0.1"), trusted(&certificates, "ca.pem")),
     ] {
         let broker = builder(&rabbit, &url, tls).build().expect("the settings hold");
         let error = soon("open", broker.open(limits(8))).await.expect_err(what);

@@ -3,67 +3,25 @@
 
 mod store_fixture;
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use hapax::ErrorKind;
 use hapax_redis::{RedisServer, RedisStore};
-use store_fixture::{Private, eventually, free_port, open, process, unique};
-
-/// Certificates in a folder that is removed at the end.
-struct Certificates(std::path::PathBuf);
-
-impl Certificates {
-    /// An authority, and a server certificate of its for `localhost`.
-    fn new() -> Self {
-        let folder = std::env::temp_dir().join(format!("hapax-tls-{}", unique()));
-        std::fs::create_dir(&folder).unwrap();
-        openssl(&folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN=hapax-tests");
-        for name in ["localhost", "client"] {
-            std::fs::write(folder.join("extensions"), format!("subjectAltName=DNS:{name}\n")).unwrap();
-            openssl(
-                &folder,
-                &format!("req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"),
-            );
-            let sign = "x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions";
-            openssl(&folder, &format!("{sign} -in {name}.csr -out {name}.pem"));
-        }
-        Self(folder)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).display().to_string()
-    }
-
-    fn read(&self, name: &str) -> Vec<u8> {
-        std::fs::read(self.0.join(name)).unwrap()
-    }
-}
-
-impl Drop for Certificates {
-    fn drop(&mut self) {
-        let _leave_it = std::fs::remove_dir_all(&self.0).is_err();
-    }
-}
-
-fn openssl(folder: &Path, words: &str) {
-    let made =
-        Command::new("openssl").args(words.split(' ')).current_dir(folder).output().expect("openssl is installed");
-    assert!(made.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&made.stderr));
-}
+use hapax_testkit::servers::certificates::Certificates;
+use store_fixture::{Private, eventually, free_port, open, process};
 
 async fn with_tls(certificates: &Certificates, clients: &str) -> (Private, u16) {
     let port = free_port();
+    let file = |name: &str| certificates.path(name).display().to_string();
     let options = [
         "--tls-port",
         &port.to_string(),
         "--tls-cert-file",
-        &certificates.path("localhost.pem"),
+        &file("localhost.pem"),
         "--tls-key-file",
-        &certificates.path("localhost.key"),
+        &file("localhost.key"),
         "--tls-ca-cert-file",
-        &certificates.path("ca.pem"),
+        &file("ca.pem"),
         "--tls-auth-clients",
         clients,
     ];
