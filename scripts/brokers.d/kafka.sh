@@ -27,14 +27,17 @@ kafka_java() { # heap in MB: the words of the command, without the class
 }
 
 kafka_start() { # server
-  local home=$data/$1 java_command
+  local home=$data/$1 java_command users=()
   kafka_properties "$1" >"$home/server.properties"
+  # A test that starts a server of its own lays these there beforehand: properties, of which the last holds, and users.
+  [ ! -e "$home/own.properties" ] || cat "$home/own.properties" >>"$home/server.properties"
+  [ ! -e "$home/own.users" ] || mapfile -t users < <(sed 's/^/--add-scram=/' "$home/own.users")
   if [ ! -e "$home/made" ]; then
     rm -rf "$home/log"
     mkdir -p "$logs"
     kafka_java 128
     "${java_command[@]}" kafka.tools.StorageTool format --ignore-formatted -t "$(kafka_cluster_id "$1")" \
-      -c "$home/server.properties" >"$logs/$1-format.log" 2>&1 || { tail -n 20 "$logs/$1-format.log" >&2; fail "$1: the format failed"; }
+      -c "$home/server.properties" ${users[@]+"${users[@]}"} >"$logs/$1-format.log" 2>&1 || { tail -n 20 "$logs/$1-format.log" >&2; fail "$1: the format failed"; }
     touch "$home/made"
   fi
   kafka_java 384
