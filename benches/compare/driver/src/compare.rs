@@ -201,7 +201,10 @@ pub async fn clean(contender: &Contender, place: &Place, task: &Task) {
 }
 
 async fn forget(url: &str, group: &str) -> Result<(), Error> {
-    let mut connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
+    // Ten millions of ids keep the server busy for longer than a command may usually take.
+    let unhurried = redis::AsyncConnectionConfig::new().set_response_timeout(None);
+    let client = redis::Client::open(url)?;
+    let mut connection = client.get_multiplexed_async_connection_with_config(&unhurried).await?;
     let pattern = format!("*{}*", group.replace('-', "?"));
     let mut cursor = 0_u64;
     loop {
