@@ -13,8 +13,9 @@ use tokio::process::{Child, Command};
 use crate::feed::Error;
 use crate::figures;
 
-/// Longest run.
+/// Longest run, and longest of one that fills a store before.
 const PATIENCE: Duration = Duration::from_secs(240);
+const FILLING: Duration = Duration::from_secs(1_200);
 
 /// One line of the comparison.
 #[derive(Clone, Debug, PartialEq)]
@@ -143,6 +144,7 @@ pub struct Run {
     ready: Arc<AtomicBool>,
     reading: tokio::task::JoinHandle<(Option<Outcome>, Option<Stages>)>,
     title: String,
+    patience: Duration,
 }
 
 pub fn start(contender: &Contender, place: &Place, task: &Task) -> Result<Run, Error> {
@@ -172,7 +174,8 @@ pub fn start(contender: &Contender, place: &Place, task: &Task) -> Result<Run, E
         }
         (outcome, stages)
     });
-    Ok(Run { child, ready, reading, title: contender.title() })
+    let patience = if task.more.iter().any(|option| option == "--remember") { FILLING } else { PATIENCE };
+    Ok(Run { child, ready, reading, title: contender.title(), patience })
 }
 
 impl Run {
@@ -182,10 +185,10 @@ impl Run {
 
     /// Waits for its end and for what it tells.
     pub async fn finish(mut self) -> Result<(Outcome, Option<Stages>), Error> {
-        let ended = tokio::time::timeout(PATIENCE, self.child.wait()).await;
+        let ended = tokio::time::timeout(self.patience, self.child.wait()).await;
         let Ok(ended) = ended else {
             self.child.kill().await?;
-            return Err(format!("{} did not end in {PATIENCE:?}", self.title).into());
+            return Err(format!("{} did not end in {:?}", self.title, self.patience).into());
         };
         let (outcome, stages) = self.reading.await?;
         match (outcome, ended?) {

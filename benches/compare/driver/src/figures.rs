@@ -21,7 +21,11 @@ impl Spread {
         sorted.sort_by(f64::total_cmp);
         match sorted.as_slice() {
             [] => Self::default(),
-            [min, .., max] => Self { median: sorted[sorted.len() / 2], min: *min, max: *max },
+            [min, .., max] => {
+                let upper = sorted.len() / 2;
+                let lower = (sorted.len() - 1) / 2;
+                Self { median: rounded(f64::midpoint(sorted[lower], sorted[upper])), min: *min, max: *max }
+            }
             [only] => Self { median: *only, min: *only, max: *only },
         }
     }
@@ -46,13 +50,16 @@ pub struct Row {
     pub p50_ms: Option<f64>,
     pub p99_ms: Option<f64>,
     pub peak_mib: f64,
+    /// At what offered rate the latencies were measured, where it was not the usual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered_per_s: Option<u64>,
     /// How many events a round had, where it was fewer than asked for.
     #[serde(default, rename = "events", skip_serializing_if = "Option::is_none")]
     pub fewer: Option<u64>,
 }
 
 impl Row {
-    pub fn new(contender: &Contender, size: usize, outcomes: &[Outcome], latency: Option<(f64, f64)>) -> Self {
+    pub fn new(contender: &Contender, size: usize, outcomes: &[Outcome]) -> Self {
         Self {
             broker: contender.broker.clone(),
             store: contender.store.to_owned(),
@@ -62,9 +69,10 @@ impl Row {
             concurrency: contender.concurrency,
             events_per_s: Spread::of(outcomes.iter().map(|outcome| outcome.events as f64 / outcome.seconds)),
             cpu_us_per_event: Spread::of(outcomes.iter().map(|outcome| outcome.cpu_us_per_event)),
-            p50_ms: latency.map(|(median, _)| median),
-            p99_ms: latency.map(|(_, most)| most),
+            p50_ms: None,
+            p99_ms: None,
             peak_mib: Spread::of(outcomes.iter().map(|outcome| outcome.peak_mib)).median.round(),
+            offered_per_s: None,
             fewer: None,
         }
     }
@@ -201,7 +209,10 @@ pub fn markdown(rows: &[Row]) -> String {
         for row in rows.iter().filter(|row| row.broker == broker) {
             let Row { events_per_s: events, cpu_us_per_event: cpu, peak_mib, .. } = row;
             let title = row.title();
-            let (p50, p99) = (ms(row.p50_ms), ms(row.p99_ms));
+            let (p50, mut p99) = (ms(row.p50_ms), ms(row.p99_ms));
+            if let Some(offered) = row.offered_per_s {
+                p99 += &format!(" at {offered}/s");
+            }
             let note = row.fewer.map(|events| format!(" ({events} events)")).unwrap_or_default();
             let (median, min, max) = (rate(events.median), rate(events.min), rate(events.max));
             line(

@@ -1,6 +1,8 @@
 //! How events/s and memory grow: with ids that are remembered, handlers at once, the size of a message, the share of
 //! duplicates, keys in order, worker processes; and what a stopped handler lets a process hold.
 
+use std::time::Instant;
+
 use compare_kit::Outcome;
 use serde::{Deserialize, Serialize};
 
@@ -52,17 +54,29 @@ pub async fn run(wish: &Wish, place: &Place) -> Result<Vec<Point>, Error> {
     for name in NAMES.into_iter().filter(|name| wish.names.is_empty() || wish.names.iter().any(|wanted| wanted == name))
     {
         eprintln!("growth of {name}");
-        match name {
-            "remembered" => growth.remembered().await?,
-            "concurrency" => growth.concurrency().await?,
-            "payload" => growth.payload().await?,
-            "duplicates" => growth.duplicates().await?,
-            "keys" => growth.keys().await?,
-            "workers" => growth.workers().await?,
-            _ => growth.stopped().await?,
+        let ended = match name {
+            "remembered" => growth.remembered().await,
+            "concurrency" => growth.concurrency().await,
+            "payload" => growth.payload().await,
+            "duplicates" => growth.duplicates().await,
+            "keys" => growth.keys().await,
+            "workers" => growth.workers().await,
+            _ => growth.stopped().await,
+        };
+        // What was measured so far is kept, and the other curves are drawn.
+        if let Err(error) = ended {
+            eprintln!("  growth of {name} ends here: {error}");
         }
     }
     Ok(growth.points)
+}
+
+/// What a server of Redis holds in all.
+async fn used_mib(url: &str) -> Result<f64, Error> {
+    let mut connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
+    let told: String = redis::cmd("INFO").arg("memory").query_async(&mut connection).await?;
+    let used = told.lines().find_map(|line| line.strip_prefix("used_memory:")?.trim().parse::<f64>().ok());
+    Ok(used.ok_or("Redis does not tell used_memory")? / 1_048_576.0)
 }
 
 fn option(name: &str, value: u64) -> [String; 2] {
@@ -127,32 +141,51 @@ impl Growth<'_> {
 
     async fn remembered(&mut self) -> Result<(), Error> {
         for store in ["memory", "redis", "postgres", "sqlite"] {
-            let contender = self.hapax(store);
-            let group = unique("group");
-            let (mut filled, mut seen, mut wanted) = (0, 0, 10_000);
-            while wanted <= self.wish.remembered_max {
-                let mut outcomes = Vec::new();
-                for _ in 0..self.wish.rounds {
-                    // Memory is empty in every process.
-                    let from = if store == "memory" { 0 } else { filled };
-                    let more = [
-                        option("--remember", wanted - from),
-                        option("--remember-from", from),
-                        ["--keep".into(), String::new()],
-                    ];
-                    let more = more.into_iter().flatten().filter(|part| !part.is_empty()).collect();
-                    let numbers = seen..seen + self.wish.events;
-                    seen = numbers.end;
-                    outcomes.push(self.once(&contender, &Content::of(256), numbers, &group, more).await?);
-                    filled = wanted;
-                }
-                self.note("remembered", &contender, wanted as f64, &outcomes);
-                wanted *= 10;
+            if let Err(error) = self.remembered_in(store).await {
+                eprintln!("  {store}: {error}");
             }
-            // Without --keep the last run drops what the store holds.
-            self.once(&contender, &Content::of(256), seen..seen + 100, &group, Vec::new()).await?;
-            clean(&contender, self.place, &Task { group, ..Task::default() }).await;
         }
+        Ok(())
+    }
+
+    async fn remembered_in(&mut self, store: &'static str) -> Result<(), Error> {
+        // Handled by the process that fills the store.
+        const WARM_UP: u64 = 1_000;
+        let contender = self.hapax(store);
+        let group = unique("group");
+        let (mut filled, mut seen, mut wanted) = (0, 0, 10_000);
+        while wanted <= self.wish.remembered_max {
+            let began = Instant::now();
+            let more: Vec<_> = if store == "memory" {
+                // Empty in every process.
+                option("--remember", wanted).into()
+            } else {
+                let fill = [option("--remember", wanted - filled), option("--remember-from", filled)].concat();
+                let more = [fill, vec!["--keep".to_owned()]].concat();
+                let numbers = seen..seen + WARM_UP;
+                self.once(&contender, &Content::of(256), numbers, &group, more).await?;
+                (filled, seen) = (wanted, seen + WARM_UP);
+                eprintln!("  {store:<10} {wanted:>9}: filled in {:.0} s", began.elapsed().as_secs_f64());
+                vec!["--keep".to_owned()]
+            };
+            let mut outcomes = Vec::new();
+            for _ in 0..self.wish.rounds {
+                let numbers = seen..seen + self.wish.events;
+                seen = numbers.end;
+                let mut outcome = self.once(&contender, &Content::of(256), numbers, &group, more.clone()).await?;
+                if store == "redis" {
+                    outcome.store_mib = Some(used_mib(&self.place.url("redis")?).await?);
+                }
+                outcomes.push(outcome);
+            }
+            self.note("remembered", &contender, wanted as f64, &outcomes);
+            wanted *= 10;
+        }
+        // Without --keep the last run drops what the store holds.
+        if store != "redis" && store != "memory" {
+            self.once(&contender, &Content::of(256), seen..seen + 100, &group, Vec::new()).await?;
+        }
+        clean(&contender, self.place, &Task { group, ..Task::default() }).await;
         Ok(())
     }
 
@@ -160,9 +193,14 @@ impl Growth<'_> {
         for store in ["memory", "redis", "postgres", "sqlite"] {
             for concurrency in [1, 4, 16, 64, 256, 1_024] {
                 let contender = Contender { concurrency, ..self.hapax(store) };
-                let whole = self.wish.events;
                 // One at a time is thousands of round trips.
-                let wish = Wish { events: if concurrency < 64 { whole / 10 } else { whole }, ..self.wish.copy() };
+                let share = match concurrency {
+                    1 => 50,
+                    4 => 20,
+                    16 => 10,
+                    _ => 1,
+                };
+                let wish = Wish { events: (self.wish.events / share).max(100), ..self.wish.copy() };
                 let mut part = Growth { wish: &wish, place: self.place, feed: self.again().await?, points: Vec::new() };
                 part.rounds("concurrency", &contender, &Content::of(256), concurrency as f64).await?;
                 self.points.append(&mut part.points);
@@ -200,8 +238,13 @@ impl Growth<'_> {
         for store in ["memory", "redis", "postgres"] {
             for keys in [1, 16, 256, 4_096, 65_536] {
                 let contender = Contender { by_key: true, ..self.hapax(store) };
-                let whole = self.wish.events;
-                let wish = Wish { events: if keys < 256 { whole / 20 } else { whole }, ..self.wish.copy() };
+                // So many lanes are as many at once.
+                let share = match keys {
+                    1 => 50,
+                    16 => 10,
+                    _ => 1,
+                };
+                let wish = Wish { events: (self.wish.events / share).max(100), ..self.wish.copy() };
                 let mut part = Growth { wish: &wish, place: self.place, feed: self.again().await?, points: Vec::new() };
                 part.rounds("keys", &contender, &Content { keys, ..Content::of(256) }, keys as f64).await?;
                 self.points.append(&mut part.points);
@@ -226,7 +269,7 @@ impl Growth<'_> {
     }
 
     async fn together(&mut self, contender: &Contender, workers: usize) -> Result<Outcome, Error> {
-        const JOIN_S: u64 = 8;
+        const JOIN_S: u64 = 6;
         let task = Task {
             topic: unique("growth"),
             group: unique("group"),
@@ -255,10 +298,11 @@ impl Growth<'_> {
         }
         self.feed.delete(&task.topic, &task.group).await;
         clean(contender, self.place, &task).await;
-        // A run without --keep drops what the store holds.
-        let group = task.group.clone();
-        self.once(contender, &Content::of(256), task.events..task.events + 100, &group, Vec::new()).await?;
-        clean(contender, self.place, &task).await;
+        if contender.store != "redis" {
+            // A run without --keep drops what the store holds.
+            let group = task.group.clone();
+            self.once(contender, &Content::of(256), task.events..task.events + 100, &group, Vec::new()).await?;
+        }
         Ok(Outcome {
             events,
             seconds: last.saturating_sub(first) as f64 / 1e6,

@@ -1,6 +1,8 @@
 //! Measures hapax beside what a user would pick instead. Started by `scripts/bench`, which builds the contenders and starts
 //! the servers.
 
+#![allow(clippy::disallowed_methods, reason = "benchmarks measure the real clock")]
+
 mod compare;
 mod contender;
 mod feed;
@@ -49,7 +51,7 @@ struct Compare {
     #[arg(long, num_args = 1.., value_delimiter = ',')]
     contender: Vec<String>,
     /// Events a round
-    #[arg(long, default_value_t = 100_000)]
+    #[arg(long, default_value_t = 60_000)]
     events: u64,
     /// Bytes of a message, at least 37
     #[arg(long, default_value_t = 256)]
@@ -74,7 +76,7 @@ struct Growth {
     /// Events a round
     #[arg(long, default_value_t = 50_000)]
     events: u64,
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     rounds: usize,
     /// The most ids in a store
     #[arg(long, default_value_t = 10_000_000)]

@@ -121,9 +121,13 @@ quorum queues are filled anew for each run. Messages are CloudEvents in binary m
 what broker and store spend is not in it, and slows everybody who shares the two cores.
 - librdkafka reads ahead up to 64 MiB before the first message is taken: where a round's messages fit into that, rates of several hundred \
 thousand on Kafka (`raw`, RustStream) tell how fast its queue is emptied, not how fast a topic is fetched. `--events` makes rounds longer.
-- The latency columns are measured apart, at 1,000 events/s offered for four seconds after a warm-up, from sending to the start of the \
-handler. By hand in PostgreSQL that rate is near or above what one consumer manages: such figures are queues, not latencies.
-- A contender that would take over 30 s a round runs fewer events, which its line says.
+- The latency columns are measured apart, at 1,000 events/s offered for three seconds after a warm-up, from sending to the start of the \
+handler. A contender that manages less than 1,500 is offered half of what it manages, which its line says: beyond that a figure is that \
+of a queue.
+- A contender that would take over 10 s a round runs fewer events, which its line says.
+- A store is filled with remembered ids by one event through the store's contract and copies of its record under other keys; in memory \
+all go through the contract. Before it is measured it comes to rest: PostgreSQL has vacuumed and written a checkpoint, Redis has written \
+its log anew and moved all keys to the larger hash table, SQLite has emptied its log. Its MiB are those of the table, the server, the file.
 - hapax runs with its defaults but for: `concurrency` and `in_flight_max` 1,024 and `batch_max` 512, so that a batch gathers while \
 another is under way; at L4 the concurrency that the line tells, at L1 `.require(Level::AtLeastOnce)`. Order is unordered, as for the \
 others, but for the growth by keys.
@@ -194,7 +198,9 @@ fn growth(text: &mut String, points: &[Point], folder: &Path) -> Result<(), Erro
             let file = plot(name, title, across, "events/s", &here, folder, |point| Some(point.events_per_s.median))?;
             line(text, format_args!("![{title}](performance/{file})\n"));
         }
-        let file = plot(&format!("{name}-memory"), title, across, "MiB", &here, folder, |point| Some(point.peak_mib))?;
+        let file = plot(&format!("{name}-memory"), title, across, "MiB of the process", &here, folder, |point| {
+            Some(point.peak_mib)
+        })?;
         line(text, format_args!("![{title}: memory of the process](performance/{file})\n"));
         if name == "remembered" {
             cost(text, &here);

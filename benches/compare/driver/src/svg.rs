@@ -1,8 +1,9 @@
-//! Plots: lines over a logarithmic axis, as text that a browser shows.
+//! Plots: lines over a logarithmic axis, as text that a browser shows. Upwards it is logarithmic too where lines would
+//! otherwise lie on the ground.
 
 use std::collections::BTreeMap;
 
-use crate::figures::{line, rate};
+use crate::figures::line;
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 360.0;
@@ -10,7 +11,12 @@ const LEFT: f64 = 70.0;
 const RIGHT: f64 = 170.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 50.0;
-const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+/// Of each series, the same in every plot.
+const COLOURS: [(&str, &str); 4] =
+    [("memory", "#0072b2"), ("redis", "#d55e00"), ("postgres", "#009e73"), ("sqlite", "#cc79a7")];
+const COLOUR_OF_OTHERS: &str = "#000000";
+/// From this ratio of the largest to the smallest value on, the axis upwards is logarithmic.
+const LINEAR_MAX: f64 = 30.0;
 
 /// One plot: points of each series, over what, in what.
 pub struct Plot<'a> {
@@ -24,7 +30,8 @@ impl Plot<'_> {
     pub fn svg(&self) -> String {
         let all = || self.series.values().flatten();
         let xs: Vec<f64> = all().map(|(x, _)| *x).collect();
-        let top = all().map(|(_, y)| *y).fold(1e-9, f64::max) * 1.1;
+        let (low, high) = all().fold((f64::MAX, 1e-9_f64), |(low, high), (_, y)| (low.min(*y), high.max(*y)));
+        let upwards = Upwards::over(low, high);
         // A share of nothing has no logarithm.
         let is_linear = xs.iter().any(|x| *x <= 0.0);
         let scale = |x: f64| if is_linear { x } else { x.log10() };
@@ -32,7 +39,7 @@ impl Plot<'_> {
             xs.iter().fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(scale(*x)), high.max(scale(*x))));
         let span = (last - first).max(1e-9);
         let across = |x: f64| LEFT + (scale(x) - first) / span * (WIDTH - LEFT - RIGHT);
-        let up = |y: f64| HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM);
+        let up = |y: f64| HEIGHT - BOTTOM - upwards.share(y) * (HEIGHT - TOP - BOTTOM);
         let mut text = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
              font-size=\"12\">\n<rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n"
@@ -47,8 +54,7 @@ impl Plot<'_> {
             &mut text,
             format_args!("<text x=\"{middle}\" y=\"{foot}\" text-anchor=\"middle\">{}</text>", self.across),
         );
-        for step in 0..=4 {
-            let value = top * f64::from(step) / 4.0;
+        for value in upwards.ticks() {
             let (y, right, label_x) = (up(value), WIDTH - RIGHT, LEFT - 8.0);
             line(
                 &mut text,
@@ -57,7 +63,8 @@ impl Plot<'_> {
             let (label, y) = (short(value), y + 4.0);
             line(&mut text, format_args!("<text x=\"{label_x}\" y=\"{y:.1}\" text-anchor=\"end\">{label}</text>"));
         }
-        line(&mut text, format_args!("<text x=\"{LEFT}\" y=\"{}\" text-anchor=\"end\">{}</text>", TOP - 8.0, self.up));
+        let note = if upwards.is_logarithmic { ", logarithmic" } else { "" };
+        line(&mut text, format_args!("<text x=\"8\" y=\"{}\">{}{note}</text>", TOP - 12.0, self.up));
         let mut ticks = xs.clone();
         ticks.sort_by(f64::total_cmp);
         ticks.dedup();
@@ -66,7 +73,8 @@ impl Plot<'_> {
             line(&mut text, format_args!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"middle\">{label}</text>"));
         }
         for (index, (name, points)) in self.series.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
+            let colour =
+                COLOURS.iter().find(|(series, _)| series == name).map_or(COLOUR_OF_OTHERS, |(_, colour)| colour);
             let path: Vec<_> = points.iter().map(|(x, y)| format!("{:.1},{:.1}", across(*x), up(*y))).collect();
             let path = path.join(" ");
             line(
@@ -89,11 +97,50 @@ impl Plot<'_> {
     }
 }
 
+/// The axis upwards.
+struct Upwards {
+    is_logarithmic: bool,
+    bottom: f64,
+    top: f64,
+    step: f64,
+}
+
+impl Upwards {
+    fn over(low: f64, high: f64) -> Self {
+        let is_logarithmic = low > 0.0 && high / low > LINEAR_MAX;
+        if is_logarithmic {
+            let (bottom, top) = (10_f64.powf(low.log10().floor()), 10_f64.powf(high.log10().ceil()));
+            return Self { is_logarithmic, bottom, top, step: 10.0 };
+        }
+        // The roundest step that makes at most six.
+        let scale = 10_f64.powf((high / 6.0).log10().floor());
+        let step = [1.0, 2.0, 5.0].map(|digit| digit * scale).into_iter().find(|step| high / step <= 6.0);
+        let step = step.unwrap_or(10.0 * scale);
+        Self { is_logarithmic, bottom: 0.0, top: (high / step).ceil() * step, step }
+    }
+
+    fn share(&self, value: f64) -> f64 {
+        if self.is_logarithmic {
+            (value / self.bottom).log10() / (self.top / self.bottom).log10()
+        } else {
+            value / self.top
+        }
+    }
+
+    fn ticks(&self) -> Vec<f64> {
+        let next = |value: &f64| Some(if self.is_logarithmic { value * self.step } else { value + self.step });
+        // What was added up may miss the last by a little.
+        std::iter::successors(Some(self.bottom), next).take_while(|value| *value <= self.top * 1.001).collect()
+    }
+}
+
 fn short(value: f64) -> String {
+    let value = (value * 10.0).round() / 10.0;
     match value {
-        _ if value >= 1_000_000.0 => format!("{:.0}M", value / 1_000_000.0),
-        _ if value >= 1_000.0 => rate(value).replace(".0k", "k"),
-        _ if value == 0.0 || value >= 10.0 => format!("{value:.0}"),
-        _ => format!("{value:.1}"),
+        _ if value >= 1_000_000.0 => format!("{}M", value / 1_000_000.0),
+        _ if value >= 1_000.0 && value % 100.0 == 0.0 => format!("{}k", value / 1_000.0),
+        // A power of two is known by its digits.
+        _ if value >= 1_000.0 => format!("{},{:03}", (value / 1_000.0).floor(), value % 1_000.0),
+        _ => format!("{value}"),
     }
 }

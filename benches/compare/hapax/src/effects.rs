@@ -40,11 +40,11 @@ impl Event for Measured {
 }
 
 /// A schema's name, of the group.
-fn schema(arguments: &Arguments) -> String {
+pub fn schema(arguments: &Arguments) -> String {
     arguments.group.replace('-', "_")
 }
 
-fn sqlite_file(arguments: &Arguments) -> PathBuf {
+pub fn sqlite_file(arguments: &Arguments) -> PathBuf {
     PathBuf::from(&arguments.store_url).join(format!("{}.db", arguments.group))
 }
 

@@ -1,5 +1,7 @@
 //! hapax at each level, as a user would build it: one consumer, one handler that does nothing or writes one row.
 
+#![allow(clippy::disallowed_methods, reason = "benchmarks measure the real clock")]
+
 mod brokers;
 mod clocked;
 mod effects;
@@ -87,7 +89,10 @@ async fn run<T: ProcessedStore>(
     with: impl FnOnce(ConsumerBuilder<App, T>) -> ConsumerBuilder<App, T>,
     memory: bool,
 ) -> Result<(), BoxError> {
-    remember::fill(&store, arguments.remember_from, arguments.remember).await?;
+    if arguments.remember > 0 {
+        remember::fill(arguments, &store).await?;
+        app.meter.begin();
+    }
     let settings = Settings {
         order: Some(if arguments.order == "key" { Order::PerKey } else { Order::Unordered }),
         concurrency: arguments.concurrency,

@@ -3,6 +3,8 @@
 //! A contender consumes a topic until it has handled so many events, settles them, prints one line of JSON and ends. Its
 //! handler does nothing but [`Meter::handled`], and what `--work` says.
 
+#![allow(clippy::disallowed_methods, reason = "benchmarks measure the real clock")]
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -123,6 +125,8 @@ pub struct Meter {
     latency: bool,
     ready: AtomicBool,
     handled: AtomicU64,
+    /// What the process had used when its work began.
+    cpu_before: Mutex<Duration>,
     first: Mutex<Option<Instant>>,
     /// Microseconds from sending to handling.
     waited: Mutex<Vec<u32>>,
@@ -137,10 +141,16 @@ impl Meter {
             latency: arguments.latency,
             ready: AtomicBool::new(false),
             handled: AtomicU64::new(0),
+            cpu_before: Mutex::default(),
             first: Mutex::new(None),
             waited: Mutex::default(),
             all: Notify::new(),
         }
+    }
+
+    /// CPU time that was used so far is not counted.
+    pub fn begin(&self) {
+        *self.cpu_before.lock().unwrap_or_else(PoisonError::into_inner) = ProcessTime::now().as_duration();
     }
 
     /// The handler of every contender. Answers whether this was the last event.
@@ -198,10 +208,12 @@ impl Meter {
         let waited = percentiles_ms(self.waited.lock().unwrap_or_else(PoisonError::into_inner).clone());
         let last_us = now_us();
         let events = self.messages.unwrap_or_else(|| self.count());
+        let cpu_before = *self.cpu_before.lock().unwrap_or_else(PoisonError::into_inner);
+        let cpu = ProcessTime::now().as_duration().saturating_sub(cpu_before);
         Outcome {
             events,
             seconds: first.elapsed().as_secs_f64(),
-            cpu_us_per_event: ProcessTime::now().as_duration().as_secs_f64() * 1e6 / events.max(1) as f64,
+            cpu_us_per_event: cpu.as_secs_f64() * 1e6 / events.max(1) as f64,
             peak_mib: peak_mib(),
             p50_ms: waited.map(|(median, _)| median),
             p99_ms: waited.map(|(_, most)| most),

@@ -38,6 +38,7 @@ pub enum Reader {
 }
 
 /// Where acknowledgements go.
+#[allow(clippy::large_enum_variant, reason = "a process has one of it")]
 pub enum Acker {
     Kafka { consumer: Arc<StreamConsumer>, topic: String },
     Rabbit { channel: lapin::Channel, connection: lapin::Connection },
