@@ -34,7 +34,7 @@ impl Cluster {
 
     async fn opened(&self, commit_interval: Duration) -> KafkaBroker {
         let builder = self.topic.builder().session_timeout(Duration::from_secs(4)).commit_interval(commit_interval);
-        let broker = builder.property("message.timeout.ms", "1500").build().expect("good settings");
+        let broker = builder.build().expect("good settings");
         broker.open(limits()).await.expect("the broker opens");
         broker
     }
@@ -119,21 +119,11 @@ async fn permanent_publish_error_is_permanent() {
     let broker = cluster.opened(Duration::from_millis(20)).await;
     cluster.topic.publish(0..1).await;
     let held = receive(&broker, 1).await;
-    let letter = Settlement::DeadLetter(Box::new(DeadLetter {
-        reason: Reason::Permanent,
-        error: "".into(),
-        consumer: "billing".into(),
-        attempts: 1,
-        first: std::time::SystemTime::UNIX_EPOCH,
-        last: std::time::SystemTime::UNIX_EPOCH,
-        origin: None,
-        reopen: None,
-    }));
     cluster.mock.request_errors(RDKafkaApiKey::Produce, &[Refusal::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE]);
-    let refused = broker.settle(&[(held[0].receipt, letter.clone())]).await.remove(0);
+    let refused = broker.settle(&[(held[0].receipt, letter())]).await.remove(0);
     assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::Rejected));
     assert!(held[0].session.is_live());
-    broker.settle(&[(held[0].receipt, letter)]).await.remove(0).expect("it can be settled still");
+    broker.settle(&[(held[0].receipt, letter())]).await.remove(0).expect("it can be settled still");
     broker.close().await.expect("it closes");
 }
 
@@ -197,10 +187,12 @@ async fn a_server_that_never_answers_is_an_unknown_outcome_in_bounded_time() {
     let cluster = Cluster::new();
     let publisher = hapax_kafka::KafkaPublisher::builder(cluster.topic.url.clone())
         .topic(cluster.topic.topic.as_str())
-        .property("message.timeout.ms", "1000")
+        .property("message.timeout.ms", "2000")
         .build()
         .expect("good settings");
-    publisher.publish(vec![Outgoing::new(event(0))]).await.remove(0).expect("it is there");
+    // Connected and identified, which may take longer than a record has.
+    let sent = async { while publisher.publish(vec![Outgoing::new(event(0))]).await.remove(0).is_err() {} };
+    timeout(SOON, sent).await.expect("it is there");
     cluster.mock.broker_round_trip_time(1, Duration::from_secs(30)).expect("it hangs");
     let answer = timeout(SOON, publisher.publish(vec![Outgoing::new(event(1))])).await.expect("bounded").remove(0);
     assert_eq!(answer.map_err(|error| error.kind()), Err(ErrorKind::Unknown));
