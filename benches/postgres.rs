@@ -68,7 +68,7 @@ impl Place {
 
     async fn store(&self) -> PostgresStore {
         let builder = PostgresStore::builder(self.pool.clone()).schema(&*self.schema).sweep_every(Duration::ZERO);
-        builder.connect().await.expect("the store connects")
+        builder.reuse_connections(true).connect().await.expect("the store connects")
     }
 
     async fn run(&self, sql: &str) {
@@ -184,7 +184,7 @@ async fn write_row(message: Arc<Message>, mut tx: PgTx, _: Context<()>) -> Resul
 /// Handlers that take the transaction, each with its own commit: what that gives, and how many bare transactions of two
 /// rows the same number of connections takes, which is the limit.
 async fn transactional(name: &str, concurrency: usize, arguments: &Arguments, figures: &mut Figures) {
-    let connections = concurrency as u32 + 2;
+    let connections = concurrency as u32 + 4;
     let mut place = Place::fresh(name, connections).await;
     let options = PgConnectOptions::from_str(&Server::Postgres.url()).expect("a URL of PostgreSQL");
     let options = options.options([("search_path", place.schema.as_str())]);

@@ -101,8 +101,6 @@ pub struct Route<S, T> {
     pub(crate) info: RouteInfo,
     #[allow(clippy::type_complexity, reason = "made once and taken apart once, here and in the builder")]
     pub(crate) bind: Box<dyn FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start> + Send>,
-    /// The store for a consumer that has only such handlers, if they are transactional.
-    pub(crate) for_transactions: Option<fn(&T) -> T>,
     marker: PhantomData<fn(S, T)>,
 }
 
@@ -136,7 +134,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
     /// Events of type `E`.
     pub fn on<E: Event, H: Handler<E, S>>(handler: H) -> Self {
         let handler = Arc::new(handler);
-        Self::new(Some((E::TYPE, E::VERSION)), None, |state, _, upcasts| {
+        Self::new(Some((E::TYPE, E::VERSION)), false, |state, _, upcasts| {
             let run = move |event: E, run: Arc<Run>| {
                 let (handler, cx) = (Arc::clone(&handler), Context::new(run, Arc::clone(&state)));
                 async move { ended(handler.handle(event, cx).await) }
@@ -148,7 +146,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
     /// Every message without a handler of its own, undecoded.
     pub fn on_any<H: Handler<Arc<Message>, S>>(handler: H) -> Self {
         let handler = Arc::new(handler);
-        Self::new(None, None, |state, _, _| {
+        Self::new(None, false, |state, _, _| {
             let run = move |message: Arc<Message>, run: Arc<Run>| {
                 let (handler, cx) = (Arc::clone(&handler), Context::new(run, Arc::clone(&state)));
                 async move { ended(handler.handle(message, cx).await) }
@@ -163,7 +161,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
         T: TransactionalStore,
     {
         let handler = Arc::new(handler);
-        Self::new(Some((E::TYPE, E::VERSION)), Some(T::for_transactions), |state, store: &T, upcasts| {
+        Self::new(Some((E::TYPE, E::VERSION)), true, |state, store: &T, upcasts| {
             let store = store.clone();
             let run = move |event: E, run: Arc<Run>| {
                 in_transaction(store.clone(), Arc::clone(&handler), event, run, Arc::clone(&state))
@@ -178,7 +176,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
         T: TransactionalStore,
     {
         let handler = Arc::new(handler);
-        Self::new(None, Some(T::for_transactions), |state, store: &T, _| {
+        Self::new(None, true, |state, store: &T, _| {
             let store = store.clone();
             let run = move |message: Arc<Message>, run: Arc<Run>| {
                 in_transaction(store.clone(), Arc::clone(&handler), message, run, Arc::clone(&state))
@@ -191,7 +189,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
     pub fn on_batch<E: Event, H: BatchHandler<E, S>>(handler: H) -> Self {
         let handler = Arc::new(handler);
         let event = Some((E::TYPE, E::VERSION));
-        Self::new(event, None, |state, _, upcasts| {
+        Self::new(event, false, |state, _, upcasts| {
             let run = move |batch: Vec<(E, Arc<Run>)>, _: Arc<Semaphore>| together(&handler, &state, batch);
             Arc::new(Batched::new(Decode::new(upcasts), run))
         })
@@ -205,7 +203,7 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
     {
         let handler = Arc::new(handler);
         let event = Some((E::TYPE, E::VERSION));
-        Self::new(event, Some(T::for_transactions), |state, store: &T, upcasts| {
+        Self::new(event, true, |state, store: &T, upcasts| {
             let store = store.clone();
             let run = move |batch: Vec<(E, Arc<Run>)>, transactions: Arc<Semaphore>| {
                 let (handler, state) = (Arc::clone(&handler), Arc::clone(&state));
@@ -236,12 +234,12 @@ impl<S: Send + Sync + 'static, T: 'static> Route<S, T> {
 
     fn new(
         event: Option<(&'static str, u32)>,
-        for_transactions: Option<fn(&T) -> T>,
+        transactional: bool,
         bind: impl FnOnce(Arc<S>, &T, Vec<Upcast>) -> Arc<dyn Start> + Send + 'static,
     ) -> Self {
-        let (transactional, effects, batched) = (for_transactions.is_some(), Effects::Undeclared, false);
+        let (effects, batched) = (Effects::Undeclared, false);
         let info = RouteInfo { event, transactional, batched, effects, timeout: None, retry: None };
-        Self { info, bind: Box::new(bind), for_transactions, marker: PhantomData }
+        Self { info, bind: Box::new(bind), marker: PhantomData }
     }
 
     fn batched(mut self) -> Self {

@@ -120,14 +120,19 @@ pub trait TransactionalStore: ProcessedStore + Clone {
     /// Commits. [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) where the answer was lost.
     async fn commit(&self, lent: Self::Lent) -> Result<()>;
 
-    /// [`record_in`](Self::record_in) and [`commit`](Self::commit) at once, for stores that can save a round trip. Commits
-    /// only where each answer is [`Recorded::Done`] or [`Recorded::Vanished`]; otherwise everything is rolled back.
+    /// [`record_in`](Self::record_in) and [`commit`](Self::commit) of a transaction in which nothing was recorded yet, at
+    /// once: for stores that can save a round trip. Commits only where each item is answered with [`Recorded::Done`] or
+    /// [`Recorded::Vanished`]; otherwise everything is rolled back.
     ///
     /// # Contract
     /// - After [`ErrorKind::Unknown`](crate::ErrorKind::Unknown) it may have been committed; after any other error it was not.
-    /// - The same answers and effects as the two calls (`recording_and_committing_at_once_is_both`).
+    /// - The same answers and effects as the two calls, one for each item before anything is committed
+    ///   (`recording_and_committing_at_once_is_both`).
     async fn record_and_commit(&self, mut lent: Self::Lent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
         let answers = self.record_in(&mut lent, batch).await?;
+        if answers.len() != batch.len() {
+            return Err(Error::new(ErrorKind::Internal, "record").because("the store did not answer for each"));
+        }
         if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
             self.commit(lent).await.map_err(|error| match error.kind() {
                 ErrorKind::Rejected | ErrorKind::Unknown => error,
@@ -135,13 +140,6 @@ pub trait TransactionalStore: ProcessedStore + Clone {
             })?;
         }
         Ok(answers)
-    }
-
-    /// This store for a consumer all of whose handlers are transactional: a crash of its server may take back a claim that
-    /// was granted shortly before, since whoever claims the event then fences the first holder's transaction off. What is
-    /// committed or recorded is as durable as ever.
-    fn for_transactions(&self) -> Self {
-        self.clone()
     }
 }
 
@@ -513,5 +511,60 @@ mod tests {
             }
             assert_eq!(at_once(&parts), hasher.finalize().as_bytes()[..16], "{length}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Answers for no item, and counts commits.
+    #[derive(Clone, Default)]
+    struct Silent(Arc<std::sync::atomic::AtomicUsize>);
+
+    #[async_trait]
+    impl ProcessedStore for Silent {
+        async fn open(&self, _: &str, _: Duration) -> Result<ConsumerId> {
+            Ok(ConsumerId(1))
+        }
+        async fn claim(&self, _: &[ClaimRequest], _: Duration) -> Result<Vec<Claim>> {
+            Ok(Vec::new())
+        }
+        async fn renew(&self, _: &[Lease], _: Duration) -> Result<Vec<Renewal>> {
+            Ok(Vec::new())
+        }
+        async fn record(&self, _: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+            Ok(Vec::new())
+        }
+        async fn probe(&self) -> Result<StoreHealth> {
+            Ok(StoreHealth::new("silent", "1", Durability::Durable))
+        }
+    }
+
+    #[async_trait]
+    impl TransactionalStore for Silent {
+        type Tx = ();
+        type Lent = ();
+        async fn begin(&self) -> Result<((), ())> {
+            Ok(((), ()))
+        }
+        async fn record_in(&self, (): &mut (), batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
+            self.record(batch).await
+        }
+        async fn commit(&self, (): ()) -> Result<()> {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// An effect without a mark would take place again.
+    #[tokio::test]
+    async fn nothing_is_committed_that_the_store_did_not_answer_for() {
+        let store = Silent::default();
+        let key = EventKey::of("billing", "shop", "1");
+        let lease = Lease { consumer: ConsumerId(1), key, fence: NonZeroU64::MIN, attempt: 1 };
+        let refused = store.record_and_commit((), &[(lease, Outcome::Processed)]).await.expect_err("it did not answer");
+        assert_eq!(refused.kind(), ErrorKind::Internal);
+        assert_eq!(store.0.load(std::sync::atomic::Ordering::Relaxed), 0, "commits");
     }
 }

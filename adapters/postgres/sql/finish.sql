@@ -9,4 +9,4 @@ WITH done AS (
         AND (SELECT value FROM {schema}.hapax_meta WHERE name = 'schema') = {version}
     RETURNING 1
 )
-SELECT 1 / count(*) FROM done
+SELECT 1 / count(*) AS marked FROM done

@@ -115,19 +115,27 @@ impl Fault {
             // Deferred constraints, their triggers and the like: what the handler wrote is refused.
             Some(_) if told.kind == ErrorKind::Rejected => told,
             Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED) => told,
-            // It took longer than it may.
-            Some(code::LOCK_NOT_AVAILABLE | code::QUERY_CANCELED) => told,
             _ => Self { kind: ErrorKind::Unknown, ..told },
         }
     }
 
-    /// The same, where the server chose between transactions and refused this one: whoever asks again runs the handler
-    /// again, which counts as an attempt.
-    pub(crate) fn commit_unknown(self) -> Self {
-        match self.code.as_deref() {
-            Some(code::SERIALIZATION_FAILURE | code::DEADLOCK_DETECTED) => Self { kind: ErrorKind::Unknown, ..self },
-            _ => self,
-        }
+    /// A commit that was not refused for what the handler wrote: whoever asks by the event's own claim is told, and a
+    /// handler that fails so again and again comes to its last attempt.
+    pub(crate) fn at_last_commit(self) -> Self {
+        let told = self.at_commit();
+        let kind = if told.kind == ErrorKind::Rejected { told.kind } else { ErrorKind::Unknown };
+        Self { kind, ..told }
+    }
+
+    /// Whether the server answered, and is still inside the transaction, if only to end it.
+    pub(crate) fn leaves_transaction(&self) -> bool {
+        let code = self.code.as_deref();
+        code.is_some_and(|code| code != code::NO_TRANSACTION && !code.starts_with("08") && !code.starts_with("57P"))
+    }
+
+    /// Whether it was the server that refused something.
+    pub(crate) fn is_told(&self) -> bool {
+        self.code.is_some()
     }
 
     pub(crate) fn during(self, operation: &'static str) -> Error {

@@ -276,14 +276,25 @@ fn check_own(replies: &Replies) -> Result<(), Fault> {
 
 /// Sends a message on a connection and reads all its replies.
 pub(crate) async fn ask_on(connection: &mut PgConnection, message: String) -> Result<Replies, Fault> {
+    let mut replies = Replies::new();
+    ask_into(connection, message, &mut replies).await?;
+    Ok(replies)
+}
+
+/// The same, where what came before an error is wanted too.
+pub(crate) async fn ask_into(
+    connection: &mut PgConnection,
+    message: String,
+    replies: &mut Replies,
+) -> Result<(), Fault> {
     // Sound because of `template.rs`: what is written into a text is digits, hexadecimal digits and our own words.
     let mut answers = sqlx::raw_sql(AssertSqlSafe(message)).fetch_many(connection);
-    let (mut replies, mut rows) = (Replies::new(), Vec::new());
+    let mut rows = Vec::new();
     while let Some(answer) = answers.try_next().await? {
         match answer {
             Either::Left(_) => replies.push(std::mem::take(&mut rows)),
             Either::Right(row) => rows.push(row),
         }
     }
-    Ok(replies)
+    Ok(())
 }

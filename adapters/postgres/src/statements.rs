@@ -132,14 +132,10 @@ impl Statements {
         }
     }
 
-    /// Asks for `batch`, which is in the order of its ids: claims what was never seen, and reads the rest. What is claimed
-    /// is on disk when the answer comes, if `waits`.
-    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration, form: Form, waits: bool) -> String {
+    /// Asks for `batch`, which is in the order of its ids: claims what was never seen, and reads the rest.
+    pub(crate) fn claim(&self, batch: &[&ClaimRequest], lease: Duration, form: Form) -> String {
         let ids: Vec<Id> = batch.iter().map(|request| (request.key, request.consumer)).collect();
         let mut out = self.guarded(2_560 + batch.len() * 160, self.lock_timeout, "force_generic_plan");
-        if !waits {
-            out.push_str("SET LOCAL synchronous_commit = off; ");
-        }
         Self::fill_claim(self.claim.template(form), &mut out, batch, &ids, lease);
         out
     }
@@ -247,29 +243,36 @@ impl Statements {
     /// the handler wrote where it cannot be marked. Chained, since sqlx believes a transaction to be open until it ends it
     /// itself.
     pub(crate) fn finish(&self, held: &Lease, mark: u64, readiness: Readiness) -> String {
-        let form = match readiness {
-            Readiness::NotAsked | Readiness::Unknown => Form::Text,
-            Readiness::Missing | Readiness::Prepared => Form::Prepared,
-        };
+        let (lock, statement) = (self.lock_timeout, self.statement_timeout);
         let mut out = format!(
-            "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}; \
-             SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off; ",
-            self.lock_timeout, self.statement_timeout
+            "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; "
         );
-        match readiness {
-            Readiness::Unknown => out.push_str(&format!(
-                "SELECT count(*) > 0 AS is_prepared FROM pg_catalog.pg_prepared_statements WHERE name = '{}'; ",
-                self.finish.name
-            )),
-            Readiness::Missing => out.extend([&*self.finish.prepare, "; "]),
-            Readiness::NotAsked | Readiness::Prepared => {}
-        }
+        let form = match readiness {
+            Readiness::NotAsked => Form::Text,
+            Readiness::Unknown => {
+                let name = &self.finish.name;
+                out.push_str(&format!(
+                    "SELECT count(*) > 0 AS is_prepared FROM pg_catalog.pg_prepared_statements WHERE name = '{name}'; "
+                ));
+                Form::Text
+            }
+            Readiness::Missing => {
+                out.extend([&*self.finish.prepare, "; "]);
+                Form::Prepared
+            }
+            Readiness::Prepared => Form::Prepared,
+        };
+        // A plan that is kept for long must not go through a table that was small when it was made. The user's deferred
+        // triggers, which run with the commit, are planned as ever.
+        let is_kept = form == Form::Prepared;
+        out.push_str(if is_kept { "SET LOCAL enable_seqscan = off; " } else { "" });
         self.finish.template(form).write(&mut out, |hole, out| match hole {
             "key" => uuid(out, held.key.0),
             "consumer" => number(out, consumer_number(held.consumer)),
             "fence" => number(out, fence(held)),
             _ => out.push_str(&mark.to_string()),
         });
+        out.push_str(if is_kept { "; SET LOCAL enable_seqscan TO DEFAULT" } else { "" });
         out.push_str("; COMMIT AND CHAIN");
         out
     }

@@ -45,6 +45,7 @@ pub struct PostgresStoreBuilder {
     statement_timeout: Duration,
     sweep_every: Duration,
     prepare: Option<bool>,
+    reuse_connections: bool,
 }
 
 impl PostgresStoreBuilder {
@@ -82,6 +83,14 @@ impl PostgresStoreBuilder {
     /// server did not get it from its client, nothing is prepared.
     pub fn prepare(self, prepare: bool) -> Self {
         Self { prepare: Some(prepare), ..self }
+    }
+
+    /// Whether a connection goes from one handler's transaction to the next without the pool's tests in between, up to 64
+    /// times in a row; `false`. Faster, and for pools without `before_acquire` and `after_release` hooks that prepare or
+    /// tidy a session: between those handlers they do not run. Done only while the pool has room for others, and never
+    /// behind a pooler: a pool with two connections more than handlers and claims take at once has room.
+    pub fn reuse_connections(self, reuse_connections: bool) -> Self {
+        Self { reuse_connections, ..self }
     }
 
     /// Checks the server and what is in it, migrates if that was asked for, and starts the sweep. Needs a tokio runtime,
@@ -126,9 +135,8 @@ impl PostgresStoreBuilder {
             let sweeper = Sweeper::new(Arc::clone(&lines), Arc::clone(&statements), &schema, Arc::clone(&sweep_fault));
             tasks.push(tokio::spawn(sweeper.run(self.sweep_every)));
         }
-        let turns = Arc::new(Turns::new(Arc::clone(&lines)));
-        let inner = Arc::new(Inner { lines, statements, schema, sweep_fault, turns, tasks });
-        Ok(PostgresStore { inner, waits_for_claims: true })
+        let turns = Arc::new(Turns::new(Arc::clone(&lines), self.reuse_connections));
+        Ok(PostgresStore(Arc::new(Inner { lines, statements, schema, sweep_fault, turns, tasks })))
     }
 }
 
@@ -142,6 +150,7 @@ impl fmt::Debug for PostgresStoreBuilder {
             .field("statement_timeout", &self.statement_timeout)
             .field("sweep_every", &self.sweep_every)
             .field("prepare", &self.prepare)
+            .field("reuse_connections", &self.reuse_connections)
             .finish_non_exhaustive()
     }
 }
@@ -152,11 +161,7 @@ impl fmt::Debug for PostgresStoreBuilder {
 /// Consumers that share a pool take clones of one store: together their handlers leave two of its connections for claims,
 /// renewals and records. Two stores on one pool know nothing of each other, so give each a pool of its own.
 #[derive(Clone, Debug)]
-pub struct PostgresStore {
-    inner: Arc<Inner>,
-    /// Whether a claim is on disk before it is granted.
-    waits_for_claims: bool,
-}
+pub struct PostgresStore(Arc<Inner>);
 
 struct Inner {
     lines: Arc<Lines>,
@@ -199,6 +204,7 @@ impl PostgresStore {
             statement_timeout: STATEMENT_TIMEOUT,
             sweep_every: sweep::SWEEP_EVERY,
             prepare: None,
+            reuse_connections: false,
         }
     }
 
@@ -227,23 +233,23 @@ impl PostgresStore {
 
     /// The pool it was given.
     pub fn pool(&self) -> &PgPool {
-        self.inner.lines.pool()
+        self.0.lines.pool()
     }
 
     pub(crate) fn lines(&self) -> &Lines {
-        &self.inner.lines
+        &self.0.lines
     }
 
     pub(crate) fn statements(&self) -> &Statements {
-        &self.inner.statements
+        &self.0.statements
     }
 
     pub(crate) fn schema(&self) -> &Schema {
-        &self.inner.schema
+        &self.0.schema
     }
 
     pub(crate) fn sweep_fault(&self) -> Option<Fault> {
-        self.inner.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.sweep_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn claimed(&self, batch: &[ClaimRequest], lease: Duration) -> std::result::Result<Vec<Claim>, Fault> {
@@ -267,7 +273,7 @@ impl PostgresStore {
             left.retain(|&n| {
                 let is_locked = locked.contains(&(batch[n].key, batch[n].consumer));
                 if is_locked {
-                    answers[n] = Some(Claim::Held { wait: self.inner.statements.lock_wait() });
+                    answers[n] = Some(Claim::Held { wait: self.0.statements.lock_wait() });
                 }
                 !is_locked
             });
@@ -290,10 +296,7 @@ impl PostgresStore {
         }
         let requests: Vec<&ClaimRequest> = left.iter().map(|&n| &batch[n]).collect();
         let statements = self.statements();
-        let replies = self
-            .lines()
-            .ask_hot(statements, |form| statements.claim(&requests, lease, form, self.waits_for_claims))
-            .await?;
+        let replies = self.lines().ask_hot(statements, |form| statements.claim(&requests, lease, form)).await?;
         let last = replies.len().saturating_sub(1);
         check_prelude(&replies, last, Some(distinct(&ids(batch, left)).len()))?;
         let first = rows::First::read(replies.last().map(Vec::as_slice).unwrap_or_default(), left.len())?;
@@ -423,7 +426,7 @@ impl TransactionalStore for PostgresStore {
     type Lent = PgLent;
 
     async fn begin(&self) -> Result<(PgTx, PgLent)> {
-        tx::begin(self.statements(), &self.inner.turns).await.map_err(|fault| fault.during("begin"))
+        tx::begin(self.statements(), &self.0.turns).await.map_err(|fault| fault.during("begin"))
     }
 
     async fn record_in(&self, lent: &mut PgLent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
@@ -436,10 +439,5 @@ impl TransactionalStore for PostgresStore {
 
     async fn record_and_commit(&self, lent: PgLent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
         lent.record_and_commit(self.statements(), batch).await.map_err(|fault| fault.during("commit"))
-    }
-
-    /// Its claims do not wait for the disk. What commits with a mark behind them brings them there too.
-    fn for_transactions(&self) -> Self {
-        Self { waits_for_claims: false, ..self.clone() }
     }
 }

@@ -1,7 +1,8 @@
 //! Turns: how many handlers' transactions are open at once, and the connections that they take.
 //!
 //! The pool tests a connection when it hands it out and when it gets it back, which together is as much as a handler
-//! asks of the server. So one serves several handlers in a row; but not for long, since others wait for the pool too.
+//! asks of the server. So where the user wants it one serves several handlers in a row; but not for long, and only while
+//! others need not wait for the pool.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +37,7 @@ pub(crate) struct Turns {
     kept: Mutex<Vec<Line>>,
     /// Whether a task gives back what no handler wants.
     is_tidied: AtomicBool,
+    reuses: bool,
 }
 
 /// A connection between transactions.
@@ -49,11 +51,24 @@ pub(crate) struct Line {
     uses: u32,
 }
 
+impl Line {
+    /// Whether it comes from another handler, and the pool has not looked at it since.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.uses > 0
+    }
+}
+
 impl Turns {
-    pub(crate) fn new(lines: Arc<Lines>) -> Self {
+    pub(crate) fn new(lines: Arc<Lines>, reuses: bool) -> Self {
         let most = lines.pool().options().get_max_connections().saturating_sub(LEFT).max(1);
         let most = usize::try_from(most).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        Self { lines, open: Arc::new(Semaphore::new(most)), kept: Mutex::default(), is_tidied: AtomicBool::new(false) }
+        Self {
+            lines,
+            open: Arc::new(Semaphore::new(most)),
+            kept: Mutex::default(),
+            is_tidied: AtomicBool::new(false),
+            reuses,
+        }
     }
 
     /// Waits for a turn and a connection.
@@ -71,15 +86,24 @@ impl Turns {
         Ok((Line { connection, readiness: Readiness::NotAsked, taken: now, used: now, uses: 0 }, turn))
     }
 
+    /// Gives back what is kept: one of them was dead, and the pool looks at the others.
+    pub(crate) fn forget_kept(&self) {
+        self.kept().clear();
+    }
+
     /// Takes a connection back on which nothing is open or under way.
     pub(crate) fn give_back(self: &Arc<Self>, mut line: Line) {
         line.used = Instant::now();
         line.uses += 1;
-        if line.uses >= USES_MAX || line.taken.elapsed() >= KEPT_FOR_MAX || self.lines.pool().is_closed() {
+        let pool = self.lines.pool();
+        let has_room = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
+        let is_fresh = line.uses < USES_MAX && line.taken.elapsed() < KEPT_FOR_MAX;
+        // Behind a pooler a connection that waits would keep a server from others.
+        if !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
             return;
         }
-        // What it is asked for a second time is worth preparing.
-        if line.readiness == Readiness::NotAsked && self.lines.prepares() {
+        // What is asked for a second time is worth preparing.
+        if line.readiness == Readiness::NotAsked {
             line.readiness = Readiness::Unknown;
         }
         self.kept().push(line);

@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::timeout;
 
 use crate::error::{Fault, code};
-use crate::line::{Replies, ask_on};
+use crate::line::{Replies, ask_into, ask_on};
 use crate::outcomes::{self, Desk, ended_by_handler};
 use crate::statements::{Readiness, Statements};
 use crate::turns::{Line, Turns};
@@ -24,7 +24,7 @@ use crate::turns::{Line, Turns};
 /// How long a handler that has returned may still keep its transaction (in a task that it started).
 pub const HAND_BACK_MAX: Duration = Duration::from_secs(5);
 
-/// How long a connection and the answer to `BEGIN` are waited for.
+/// How long the answer to `BEGIN` is waited for.
 pub const BEGIN_MAX: Duration = Duration::from_secs(10);
 
 /// What a handler gets: derefs to sqlx's connection, inside the transaction in which the event is recorded.
@@ -131,13 +131,6 @@ impl Held {
         &mut self.line.as_mut().expect("there until it is dropped").connection
     }
 
-    /// The server refused a message, and goes on.
-    fn refused(&mut self, fault: &Fault) {
-        if fault.leaves_connection() {
-            self.stands = Stands::Open;
-        }
-    }
-
     /// What sqlx believes of the connection: inside the transaction, and in no savepoint of it. Where it believes
     /// otherwise, its commit would release the savepoint or do nothing, and report success.
     fn check_depth(&self) -> Result<(), Fault> {
@@ -176,17 +169,26 @@ fn depth(connection: &PgConnection) -> usize {
 pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result<(PgTx, PgLent), Fault> {
     static MARKS: AtomicU64 = AtomicU64::new(1);
     let mark = MARKS.fetch_add(1, Ordering::Relaxed);
-    let (line, turn) = turns.take().await?;
-    // sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has come: such a
-    // connection is closed.
-    let mut held = Held { line: Some(line), stands: Stands::Unknown, mark, turns: Arc::clone(turns), _turn: turn };
-    let begin = AssertSqlSafe(statements.begin(mark)).into_sql_str();
-    let begun = timeout(BEGIN_MAX, PgTransactionManager::begin(held.connection_mut(), Some(begin))).await;
-    begun.map_err(|_| Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}")))??;
-    held.stands = Stands::Open;
-    let (home, back) = oneshot::channel();
-    let tx = PgTx { held: Some(held), home: Some(home) };
-    Ok((tx, PgLent { back: Some(back), held: None, deadline: turns.lines.deadline() }))
+    loop {
+        let (line, turn) = turns.take().await?;
+        let is_kept = line.is_kept();
+        // sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has come: such a
+        // connection is closed.
+        let mut held = Held { line: Some(line), stands: Stands::Unknown, mark, turns: Arc::clone(turns), _turn: turn };
+        let begin = AssertSqlSafe(statements.begin(mark)).into_sql_str();
+        let begun = timeout(BEGIN_MAX, PgTransactionManager::begin(held.connection_mut(), Some(begin))).await;
+        match begun.map_err(|_| Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}")))? {
+            Ok(()) => {
+                held.stands = Stands::Open;
+                let (home, back) = oneshot::channel();
+                let tx = PgTx { held: Some(held), home: Some(home) };
+                return Ok((tx, PgLent { back: Some(back), held: None, deadline: turns.lines.deadline() }));
+            }
+            // The server was restarted: the pool would have found out.
+            Err(sqlx::Error::Io(_)) if is_kept => turns.forget_kept(),
+            Err(refused) => return Err(refused.into()),
+        }
+    }
 }
 
 impl PgLent {
@@ -215,8 +217,13 @@ impl PgLent {
         let deadline = self.deadline;
         let held = self.held().await?;
         let mark = held.mark;
+        held.stands = Stands::Unknown;
         let mut desk = Desk::Transaction { connection: held.connection_mut(), mark, deadline };
-        outcomes::record(statements, batch, &mut desk).await
+        let recorded = outcomes::record(statements, batch, &mut desk).await;
+        if recorded.as_ref().map_or_else(Fault::leaves_transaction, |_| true) {
+            held.stands = Stands::Open;
+        }
+        recorded
     }
 
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
@@ -230,7 +237,9 @@ impl PgLent {
             }
             Ok(Err(error)) => {
                 let fault = Fault::from(error);
-                held.refused(&fault);
+                if fault.leaves_transaction() {
+                    held.stands = Stands::Open;
+                }
                 Err(fault.at_commit())
             }
             Err(_) => Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
@@ -250,7 +259,7 @@ impl PgLent {
         }
         let answers = self.record(statements, batch).await?;
         if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
-            self.commit().await.map_err(Fault::commit_unknown)?;
+            self.commit().await.map_err(Fault::at_last_commit)?;
         }
         Ok(answers)
     }
@@ -259,34 +268,43 @@ impl PgLent {
     /// the handler left it.
     async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
         let deadline = self.deadline;
+        let late = || Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"));
         let held = self.held().await?;
         let Some(line) = &mut held.line else { return Err(lost()) };
         let finish = statements.finish(lease, held.mark, line.readiness);
         held.stands = Stands::Unknown;
-        let fault = match timeout(deadline, ask_on(&mut line.connection, finish)).await {
-            Ok(Ok(replies)) => {
-                held.stands = Stands::Committed;
-                line.readiness = ready_after(line.readiness, &replies);
-                return Ok(true);
-            }
-            Ok(Err(fault)) if fault.has_code(code::NO_TRANSACTION) => return Err(ended_by_handler()),
-            Ok(Err(fault)) => fault,
-            Err(_) => return Err(Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"))),
+        let mut replies = Replies::new();
+        let asked =
+            timeout(deadline, ask_into(&mut line.connection, finish, &mut replies)).await.map_err(|_| late())?;
+        let Err(fault) = asked else {
+            held.stands = Stands::Committed;
+            line.readiness = ready_after(line.readiness, &replies);
+            return Ok(true);
         };
-        if fault.has_code(code::DIVISION_BY_ZERO) || fault.is_of_preparing() {
-            let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
-            // Refused where it was the commit that failed, in a deferred trigger of the user's.
-            if timeout(deadline, back).await.is_ok_and(|back| back.is_ok()) {
-                held.stands = Stands::Open;
-                if fault.is_of_preparing() {
-                    line.readiness = Readiness::NotAsked;
-                    held.turns.lines.prepare_no_more();
-                }
-                return Ok(false);
-            }
+        if fault.leaves_transaction() {
+            held.stands = Stands::Open;
         }
-        held.refused(&fault);
-        Err(fault.at_commit().commit_unknown())
+        let is_marked = replies.iter().flatten().any(|row| row.try_get::<i64, _>("marked").is_ok());
+        if is_marked || !fault.is_told() {
+            return Err(fault.at_last_commit());
+        }
+        if fault.has_code(code::NO_TRANSACTION) {
+            return Err(ended_by_handler());
+        }
+        if !fault.has_code(code::DIVISION_BY_ZERO) && !fault.is_of_preparing() {
+            return Err(fault.in_transaction());
+        }
+        // What was prepared stays so, whatever became of the transaction, and a handler can let go of it.
+        if line.readiness != Readiness::NotAsked {
+            line.readiness = Readiness::Unknown;
+        }
+        held.stands = Stands::Unknown;
+        let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
+        let back = timeout(deadline, back).await;
+        // Nothing was committed.
+        back.map_err(|_| Fault::unavailable(format!("no answer within {deadline:?}")))??;
+        held.stands = Stands::Open;
+        Ok(false)
     }
 }
 

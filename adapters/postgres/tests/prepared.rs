@@ -14,7 +14,7 @@ use tokio::time::Instant;
 /// Statements of hapax that are prepared on the connections of a pool, each asked once.
 async fn prepared(place: &Place) -> i64 {
     let mut connections = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..place.pool.size() {
         connections.push(place.pool.acquire().await.expect("a connection"));
     }
     let mut sum = 0;
@@ -52,7 +52,8 @@ async fn work(store: &PostgresStore, consumer: hapax::ConsumerId, events: std::o
 #[tokio::test]
 async fn what_runs_for_every_event_is_prepared_where_the_pool_leads_to_the_server_itself() {
     let place = Place::fresh().await;
-    let (store, consumer) = place.opened().await;
+    let store = place.builder().reuse_connections(true).connect().await.expect("the store connects");
+    let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
     work(&store, consumer, 0..10).await;
     drop(store);
     // The connections are given back to the pool by tasks.
@@ -67,7 +68,8 @@ async fn what_runs_for_every_event_is_prepared_where_the_pool_leads_to_the_serve
 #[tokio::test]
 async fn a_handler_that_lets_go_of_what_is_prepared_is_recorded_all_the_same() {
     let place = Place::fresh().await;
-    let (store, consumer) = place.opened().await;
+    let store = place.builder().reuse_connections(true).connect().await.expect("the store connects");
+    let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
     work(&store, consumer, 0..10).await;
     let held = lease(&store, consumer, 11).await;
     let (mut tx, lent) = store.begin().await.expect("a transaction begins");
@@ -77,7 +79,7 @@ async fn a_handler_that_lets_go_of_what_is_prepared_is_recorded_all_the_same() {
     let answers = store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.expect("it is recorded");
     assert_eq!(answers, [Recorded::Done]);
     assert_eq!(place.rows().await, ["kept"]);
-    work(&store, consumer, 20..24).await;
+    work(&store, consumer, 20..30).await;
 }
 
 #[tokio::test]
@@ -85,7 +87,7 @@ async fn nothing_is_prepared_behind_a_bouncer_nor_where_it_is_not_wanted() {
     for through in [Through::Bouncer, Through::Owner] {
         let place = Place::reached(through).await;
         let builder = if through == Through::Owner { place.builder().prepare(false) } else { place.builder() };
-        let store = builder.connect().await.expect("the store connects");
+        let store = builder.reuse_connections(true).connect().await.expect("the store connects");
         let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
         work(&store, consumer, 0..10).await;
         drop(store);
@@ -98,7 +100,7 @@ async fn nothing_is_prepared_behind_a_bouncer_nor_where_it_is_not_wanted() {
 #[tokio::test]
 async fn statements_that_are_lost_behind_a_bouncer_are_sent_as_text() {
     let place = Place::reached(Through::Bouncer).await;
-    let store = place.builder().prepare(true).connect().await.expect("the store connects");
+    let store = place.builder().prepare(true).reuse_connections(true).connect().await.expect("the store connects");
     let consumer = ProcessedStore::open(&store, "billing", fixture::RETENTION).await.expect("the store opens");
     // Three servers in turn: sooner or later one has not heard of them.
     work(&store, consumer, 0..12).await;

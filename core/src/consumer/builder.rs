@@ -215,7 +215,6 @@ impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
     pub async fn build(self) -> Result<Consumer, BuildError> {
         let Self { state, store, routes, mut choices } = self;
         let infos: Vec<_> = routes.iter().map(|route| route.info.clone()).collect();
-        let for_transactions: Option<Vec<_>> = routes.iter().map(|route| route.for_transactions).collect();
         let mut bound = Routes { typed: HashMap::new(), any: None, otherwise: choices.otherwise };
         for (number, route) in (0..).zip(routes) {
             let start = (route.bind)(Arc::clone(&state), &store, choices.upcasts.clone());
@@ -227,12 +226,6 @@ impl<S: Send + Sync + 'static, T: ProcessedStore> ConsumerBuilder<S, T> {
         let mut faults = std::mem::take(&mut choices.faults);
         faults.extend(checks::choices(&choices));
         faults.extend(checks::routes(&infos, choices.otherwise, &choices.upcasts));
-        // With none but transactional handlers the store may do less for a claim.
-        let for_transactions = for_transactions.and_then(|each| each.first().copied());
-        let store = match for_transactions {
-            Some(for_transactions) => for_transactions(&store),
-            None => store,
-        };
         let store: Arc<dyn ProcessedStore> = Arc::new(store);
         choices.finish(store, bound, infos, faults).await.map(Consumer::assemble)
     }

@@ -263,7 +263,7 @@ where
             Ok(answers) if answers.len() == events => answers,
             Ok(_) => {
                 let silent = Error::new(ErrorKind::Internal, "record").because("the store did not answer for each");
-                return each(&runs, |_| Ended::StoreFailed(told_again(&silent, "record")));
+                return each(&runs, |_| Ended::Unknown(told_again(&silent, "record")));
             }
             Err(error) if error.kind() == ErrorKind::Unknown => {
                 return each(&runs, |_| Ended::Unknown(told_again(&error, "commit")));

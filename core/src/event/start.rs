@@ -94,7 +94,7 @@ where
         // Not done, another holds the event or this very lease's effects are committed already: these are rolled back.
         Ok(answers) => match answers.first() {
             Some(answer) => Ended::Recorded(*answer),
-            None => Ended::StoreFailed(Error::new(ErrorKind::Internal, "record").because("the store answered nothing")),
+            None => Ended::Unknown(Error::new(ErrorKind::Internal, "record").because("the store answered nothing")),
         },
         Err(error) if error.kind() == ErrorKind::Unknown => Ended::Unknown(error),
         Err(error) => unwritten(error),

@@ -449,7 +449,8 @@ impl TransactionalStore for WrongStore {
     async fn record_and_commit(&self, mut lent: Lent, batch: &[(Lease, Outcome)]) -> Result<Vec<Recorded>> {
         let answers = self.record_in(&mut lent, batch).await?;
         let may_commit = |answer: &Recorded| matches!(answer, Recorded::Done | Recorded::Vanished);
-        if self.wrong == Wrong::CommitsWhatIsFenced || answers.iter().all(may_commit) {
+        let is_whole = answers.len() == batch.len() && answers.iter().all(may_commit);
+        if self.wrong == Wrong::CommitsWhatIsFenced || is_whole {
             self.commit(lent).await?;
         }
         Ok(answers)

@@ -7,7 +7,7 @@ use crate::feed::{Content, Error, Feed};
 use crate::figures::Row;
 
 /// A round that would take longer has fewer events.
-const ROUND_S_MAX: f64 = 10.0;
+const ROUND_S_MAX: f64 = 30.0;
 /// What such a round takes, and how many events it has at least.
 const SHORT_ROUND_S: f64 = 4.0;
 const SHORT_ROUND_MIN: u64 = 200;

@@ -124,7 +124,7 @@ thousand on Kafka (`raw`, RustStream) tell how fast its queue is emptied, not ho
 - The latency columns are measured apart, at 1,000 events/s offered for three seconds after a warm-up, from sending to the start of the \
 handler. A contender that manages less than 1,500 is offered half of what it manages, which its line says: beyond that a figure is that \
 of a queue.
-- A contender that would take over 10 s a round runs fewer events, which its line says.
+- A contender that would take over 30 s a round runs fewer events, which its line says.
 - A store is filled with remembered ids by one event through the store's contract and copies of its record under other keys; in memory \
 all go through the contract. Before it is measured it comes to rest: PostgreSQL has vacuumed and written a checkpoint, Redis has written \
 its log anew and moved all keys to the larger hash table, SQLite has emptied its log. Its MiB are those of the table, the server, the file.

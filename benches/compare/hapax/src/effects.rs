@@ -61,10 +61,11 @@ pub fn insert(arguments: &Arguments) -> &'static str {
     }
 }
 
-/// A schema of its own; as many connections as handlers may hold a transaction, and two for claims and records.
+/// A schema of its own; as many connections as handlers may hold a transaction, two for claims and records, and two more, so
+/// that connections may go from one handler to the next.
 pub async fn postgres(arguments: &Arguments) -> Result<PostgresStore, BoxError> {
     let connections = match arguments.level.as_deref() {
-        Some("L4") => arguments.concurrency as u32 + 2,
+        Some("L4") => arguments.concurrency as u32 + 4,
         _ => 4,
     };
     let options = PgConnectOptions::from_str(&arguments.store_url)?;
@@ -73,7 +74,7 @@ pub async fn postgres(arguments: &Arguments) -> Result<PostgresStore, BoxError> 
     PostgresStore::migrate_schema(&pool, &schema).await?;
     let create = format!("CREATE TABLE IF NOT EXISTS {schema}.effect (id bytea NOT NULL)");
     sqlx::raw_sql(AssertSqlSafe(create)).execute(&pool).await?;
-    Ok(PostgresStore::builder(pool).schema(schema).connect().await?)
+    Ok(PostgresStore::builder(pool).schema(schema).reuse_connections(true).connect().await?)
 }
 
 /// A file of its own.

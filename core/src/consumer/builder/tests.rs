@@ -115,10 +115,6 @@ impl TransactionalStore for StubStore {
     async fn commit(&self, (): ()) -> Result<()> {
         Ok(())
     }
-    fn for_transactions(&self) -> Self {
-        self.calls.lock().unwrap().push("for transactions");
-        self.clone()
-    }
 }
 
 struct StubPublisher;
@@ -228,18 +224,6 @@ async fn a_consumer_builds_with_name_broker_store_and_one_handler() {
     let consumer = world.consumer().build().await.expect("it builds");
     assert_eq!(consumer.guarantee().level(), Level::Deduplicated);
     assert_eq!(world.calls(), ["broker open", "store probe", "store open"]);
-}
-
-/// Beside an effect outside of the transaction a claim that a crash takes back would let that effect repeat.
-#[tokio::test(start_paused = true)]
-async fn only_where_every_handler_is_transactional_may_the_store_do_less_for_a_claim() {
-    for is_all in [true, false] {
-        let world = World::durable();
-        let builder = world.transactional();
-        let both = if is_all { builder.on_tx(handle_tx::<Shipped, ()>) } else { builder.on(handle::<Shipped, ()>) };
-        both.build().await.expect("it builds");
-        assert_eq!(world.calls().contains(&"for transactions"), is_all);
-    }
 }
 
 #[tokio::test(start_paused = true)]
