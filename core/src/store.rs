@@ -512,11 +512,6 @@ mod tests {
             assert_eq!(at_once(&parts), hasher.finalize().as_bytes()[..16], "{length}");
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     /// Answers for no item, and counts commits.
     #[derive(Clone, Default)]
