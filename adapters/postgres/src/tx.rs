@@ -300,10 +300,13 @@ impl PgLent {
         }
         held.stands = Stands::Unknown;
         let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
+        // Whatever it answers, nothing was committed. Without a savepoint the error was one that the handler left behind.
         let back = timeout(deadline, back).await;
-        // Nothing was committed.
-        back.map_err(|_| Fault::unavailable(format!("no answer within {deadline:?}")))??;
-        held.stands = Stands::Open;
+        let back = back.map_err(|_| Fault::unavailable(format!("no answer within {deadline:?}")))?;
+        if back.as_ref().map_or_else(Fault::leaves_transaction, |_| true) {
+            held.stands = Stands::Open;
+        }
+        back.map_err(Fault::in_transaction)?;
         Ok(false)
     }
 }

@@ -131,6 +131,24 @@ async fn an_error_that_the_handler_swallows_is_its_failure() {
     }
 }
 
+/// The answer to a query that the handler gave up comes when it is recorded.
+#[tokio::test]
+async fn an_error_that_the_handler_did_not_wait_for_is_its_failure() {
+    let place = Place::fresh().await;
+    let (store, consumer) = place.opened().await;
+    for (n, way) in (1..).zip(WAYS) {
+        let lease = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.unwrap();
+        place.write(&mut tx, "lost").await;
+        let dividing = tx.execute("SELECT 1 / (random() * 0)::integer FROM pg_sleep(0.3)");
+        tokio::time::timeout(Duration::from_millis(20), dividing).await.expect_err("it takes longer");
+        drop(tx);
+        let error = way.end(&store, lent, lease).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Rejected, "{way:?}: {error}");
+        assert_eq!((place.rows().await.len(), status(&store, n).await), (0, Some(Status::Claimed)), "{way:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_transaction_that_the_handler_ended_is_not_recorded_in() {
     let place = Place::fresh().await;
