@@ -63,7 +63,9 @@ async fn after_an_outage_consumption_resumes_without_a_restart() {
             let _ = broker.settle(&[(delivery.receipt, Settlement::Ack)]).await;
         }
     }
-    broker.close().await.expect("it closes");
+    // What was settled last may be confirmed too late for `close`, which says so then.
+    let closed = broker.close().await.map_err(|error| error.kind());
+    assert!(matches!(closed, Ok(()) | Err(ErrorKind::Unavailable)), "{closed:?}");
     assert!(cluster.topic.committed(&cluster.topic.topic).await[0] >= Some(3), "what was done in the outage");
 }
 
