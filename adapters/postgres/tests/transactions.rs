@@ -403,36 +403,50 @@ async fn through_a_proxy(place: &Place) -> (Proxy, PostgresStore, hapax::Consume
 /// token, and the effect is there once.
 #[tokio::test]
 async fn a_commit_whose_answer_is_lost_is_unknown_and_takes_effect_once() {
-    let place = Place::fresh().await;
-    let (proxy, store, consumer) = through_a_proxy(&place).await;
-    let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
-    let mut lent = written(&place, &store, "once").await;
-    assert_eq!(store.record_in(&mut lent, &[(lease, Outcome::Processed)]).await.unwrap(), [Recorded::Done]);
-    proxy.cut_after_request(After::Reply);
-    let error = store.commit(lent).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
-    assert!(proxy.resets() > 0, "the answer was lost, and nothing else");
-    proxy.heal();
-    let again = claim(&store, consumer, 1, 11).await;
-    assert!(matches!(again, Claim::Processed { .. }), "{again:?}");
-    assert_eq!(place.rows().await, ["once"]);
+    for way in WAYS {
+        let place = Place::fresh().await;
+        let (proxy, store, consumer) = through_a_proxy(&place).await;
+        let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
+        let mut lent = written(&place, &store, "once").await;
+        let mark = [(lease, Outcome::Processed)];
+        let ended = match way {
+            Way::AtOnce => {
+                proxy.cut_after_request(After::Reply);
+                store.record_and_commit(lent, &mark).await.map(drop)
+            }
+            Way::InTwo => {
+                assert_eq!(store.record_in(&mut lent, &mark).await.unwrap(), [Recorded::Done]);
+                proxy.cut_after_request(After::Reply);
+                store.commit(lent).await
+            }
+        };
+        assert_eq!(ended.map_err(|error| error.kind()), Err(ErrorKind::Unknown), "{way:?}");
+        assert!(proxy.resets() > 0, "the answer was lost, and nothing else");
+        proxy.heal();
+        let again = claim(&store, consumer, 1, 11).await;
+        assert!(matches!(again, Claim::Processed { .. }), "{way:?}: {again:?}");
+        assert_eq!(place.rows().await, ["once"], "{way:?}");
+    }
 }
 
-/// The same where mark and commit were one message.
-#[tokio::test]
-async fn an_end_whose_answer_is_lost_is_unknown_and_takes_effect_once() {
+/// Whoever gives up waiting for the end finds both, effect and mark, or neither.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_dropped_at_any_moment_leaves_effect_and_mark_or_neither() {
     let place = Place::fresh().await;
-    let (proxy, store, consumer) = through_a_proxy(&place).await;
-    let Claim::Granted(lease, None) = claim(&store, consumer, 1, 11).await else { panic!("it is free") };
-    let lent = written(&place, &store, "once").await;
-    proxy.cut_after_request(After::Reply);
-    let error = store.record_and_commit(lent, &[(lease, Outcome::Processed)]).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unknown, "{error}");
-    assert!(proxy.resets() > 0, "the answer was lost, and nothing else");
-    proxy.heal();
-    let again = claim(&store, consumer, 1, 11).await;
-    assert!(matches!(again, Claim::Processed { .. }), "{again:?}");
-    assert_eq!(place.rows().await, ["once"]);
+    let (store, consumer) = place.opened().await;
+    let mut committed = Vec::new();
+    for n in 0..40_u64 {
+        let held = lease(&store, consumer, n).await;
+        let lent = written(&place, &store, &format!("{n:03}")).await;
+        let mark = [(held, Outcome::Processed)];
+        let ending = store.record_and_commit(lent, &mark);
+        let _given_up = tokio::time::timeout(Duration::from_micros(n * 100), ending).await;
+        no_transaction_stays_open(&place).await;
+        if status(&store, n).await == Some(Status::Processed) {
+            committed.push(format!("{n:03}"));
+        }
+    }
+    assert_eq!(place.rows().await, committed);
 }
 
 /// Where it is wanted handlers pass connections on to one another. They leave no transaction open on them, and the pool has
