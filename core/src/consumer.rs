@@ -8,6 +8,7 @@ mod calls;
 mod coalesce;
 mod copies;
 mod engine;
+mod helm;
 mod intake;
 mod keepalive;
 mod lanes;
@@ -30,6 +31,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 pub use self::builder::{ConsumerBuilder, MissingId};
 use self::engine::Engine;
+use self::helm::{Bell, Drive, Helm};
 use self::shared::{Shared, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guarantee::Guarantee;
@@ -81,41 +83,43 @@ impl Consumer {
     /// is no error: it waits.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
         // The engine yields by itself; tokio's budget for one task is made for smaller ones.
-        tokio::task::unconstrained(drive(self.shared, shutdown)).await
+        let bell = Arc::<Bell>::default();
+        tokio::task::unconstrained(bell.listen(drive(self.shared, shutdown, &bell))).await
     }
 }
 
-async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Result<()> {
-    let mut engine = Engine::new(Arc::clone(&shared), pipeline::life);
+async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>, bell: &Arc<Bell>) -> Result<()> {
+    let helm = Helm::new(bell, |wheel| Engine::new(Arc::clone(&shared), pipeline::life, wheel));
     tracing::info!(consumer = &*shared.name, "{}", shared.view.guarantee);
     shared.store_is_up();
     shared.broker_is_up();
-    engine.enter(if shared.view.is_paused() { Phase::Paused } else { Phase::Running });
+    shared.view.vitals.enter(if shared.view.is_paused() { Phase::Paused } else { Phase::Running });
     tokio::select! {
         biased;
         () = shutdown => {}
         () = shared.view.stop.cancelled() => {}
         () = shared.fatal_seen.notified() => {}
         () = shared.ended_by_broker.notified() => {}
-        () = std::future::poll_fn(|cx| engine.poll(cx)) => {}
+        () = helm.drive() => {}
     }
-    engine.enter(Phase::Draining);
-    shared.drain();
+    shared.view.vitals.enter(Phase::Draining);
+    helm.hold(|| shared.drain());
     let stop = async {
         if let Ok(Err(error)) = timeout(CLOSE, shared.broker.stop()).await {
             tracing::warn!(consumer = &*shared.name, %error, "the broker could not be stopped; closing ends it");
         }
     };
-    let drain = drain(&shared, &mut engine);
+    let drain = drain(&shared, &helm);
     tokio::select! {
         ((), ()) = futures_util::future::join(stop, drain) => {}
         // A broker that does not answer to a stop is closed all the same.
         () = sleep_until(Instant::now() + shared.view.drain_deadline() + GIVE_BACK * 3 / 2) => {}
     }
-    let left = engine.in_flight();
-    engine.tell_in_flight();
     // Lives that are left are dropped before the session is closed, so that none of them settles behind it.
-    drop(engine);
+    let left = helm.end().map_or(0, |engine| {
+        engine.tell_in_flight();
+        engine.in_flight()
+    });
     if left > 0 {
         tracing::warn!(consumer = &*shared.name, left, "deliveries are left to the broker unsettled");
     }
@@ -137,35 +141,27 @@ async fn drive(shared: Arc<Shared>, shutdown: impl Future<Output = ()>) -> Resul
 }
 
 /// Until the deadline what runs may finish; then it is stopped and given back; then the calls are given up.
-async fn drain<F, L>(shared: &Shared, engine: &mut Engine<F, L>)
-where
-    F: Future<Output = ()>,
-    L: Fn(Arc<Shared>, crate::Delivery) -> F,
-{
+async fn drain<E: Drive>(shared: &Shared, helm: &Helm<E>) {
     let mut deadline = Instant::now() + shared.view.drain_deadline();
     if shared.has_failed() {
         deadline = Instant::now();
     }
-    if drained(engine, deadline).await {
+    if drained(helm, deadline).await {
         return;
     }
-    shared.keepalive.stop_all(Stop::Shutdown);
-    if !shared.has_failed() && drained(engine, Instant::now() + GIVE_BACK).await {
+    helm.hold(|| shared.keepalive.stop_all(Stop::Shutdown));
+    if !shared.has_failed() && drained(helm, Instant::now() + GIVE_BACK).await {
         return;
     }
     shared.given_up.cancel();
-    drained(engine, Instant::now() + GIVE_BACK / 2).await;
+    drained(helm, Instant::now() + GIVE_BACK / 2).await;
 }
 
 /// Drives until nothing is in flight, at most until `deadline`.
-async fn drained<F, L>(engine: &mut Engine<F, L>, deadline: Instant) -> bool
-where
-    F: Future<Output = ()>,
-    L: Fn(Arc<Shared>, crate::Delivery) -> F,
-{
+async fn drained<E: Drive>(helm: &Helm<E>, deadline: Instant) -> bool {
     tokio::select! {
         biased;
-        () = std::future::poll_fn(|cx| engine.poll(cx)) => true,
+        () = helm.drive() => true,
         () = sleep_until(deadline) => false,
     }
 }

@@ -124,8 +124,7 @@ impl Shared {
                     // Those that stand alone keep nobody back: their records may be locked by somebody's transaction.
                     if aside.is_none() && ranges.iter().all(|range| range.len() == 1) {
                         aside = coalescer.step_aside();
-                        // The engine looks for the next batch when it is woken.
-                        tokio::task::yield_now().await;
+                        self.let_next_leave();
                     }
                     if !self.pause(&mut waits).await {
                         give_up(&batch, ranges.drain(..));
@@ -214,13 +213,21 @@ impl Shared {
             if *next_waits && !out_of_reach {
                 *next_waits = false;
                 self.settles.returned();
-                // The engine looks for the next batch when it is woken.
-                tokio::task::yield_now().await;
+                self.let_next_leave();
             }
             if !self.pause(&mut waits).await {
                 return open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
             }
         }
+    }
+
+    /// The next batch of this kind may leave, though this one goes on: the engine looks for it when it has polled the calls.
+    fn let_next_leave(&self) {
+        self.another_may_leave.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn may_another_leave(&self) -> bool {
+        self.another_may_leave.swap(false, Ordering::Relaxed)
     }
 
     fn settlement_failed(&self, error: &Error) {
@@ -259,10 +266,7 @@ impl Shared {
             open = failed;
             if std::mem::take(&mut next_waits) {
                 self.publishes.returned();
-                if !open.is_empty() {
-                    // The engine looks for the next batch when it is woken.
-                    tokio::task::yield_now().await;
-                }
+                self.let_next_leave();
             }
             if !open.is_empty() && !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));

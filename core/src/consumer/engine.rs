@@ -12,6 +12,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
 use super::calls::Call;
+use super::helm::{Drive, Driven, Wheel};
 use super::intake::{Arrived, Intake};
 use super::lanes::{Lane, Lanes};
 use super::lives::Lives;
@@ -19,7 +20,6 @@ use super::runners::Runners;
 use super::shared::Shared;
 use crate::broker::{Delivery, Want};
 use crate::error::{Error, ErrorKind};
-use crate::health::Phase;
 use crate::observer::Observed;
 use crate::settings::Order;
 
@@ -49,17 +49,18 @@ struct Tag {
 
 impl<F, L> Engine<F, L>
 where
-    F: Future<Output = ()>,
-    L: Fn(Arc<Shared>, Delivery) -> F,
+    F: Future<Output = ()> + Send + 'static,
+    L: Fn(Arc<Shared>, Delivery) -> F + Send + 'static,
 {
-    pub(super) fn new(shared: Arc<Shared>, live: L) -> Self {
+    /// An engine whose runners may drive it at `wheel`.
+    pub(super) fn new(shared: Arc<Shared>, live: L, wheel: &Arc<Wheel<Self>>) -> Self {
         let mut tick = interval(shared.keepalive.tick());
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             live,
             lives: Lives::new().in_order(shared.is_seeded),
             lanes: (shared.order == Order::PerKey).then(Lanes::new),
-            runners: Runners::new(),
+            runners: Runners::new(wheel),
             calls: FuturesUnordered::new(),
             intake: Intake::new(Arc::clone(&shared.broker), shared.settings.call_timeout),
             tick,
@@ -67,26 +68,6 @@ where
             bytes: 0,
             shared,
         }
-    }
-
-    /// Drives until nothing is in flight and nothing more comes.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        // Once before the rounds: a tick has much more time than they take.
-        while self.poll_tick(cx) {}
-        for _ in 0..ROUNDS_MAX {
-            let mut moved = self.poll_lives();
-            self.shared.launch_batches();
-            moved |= self.runners.hand_over(&self.shared.started);
-            self.shared.launch(|call| self.calls.push(call));
-            moved |= self.poll_calls(cx);
-            moved |= self.poll_intake(cx);
-            if !moved && self.lives.rest(cx) {
-                let over = self.shared.is_draining() && self.events == 0;
-                return if over { Poll::Ready(()) } else { Poll::Pending };
-            }
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
     }
 
     fn poll_lives(&mut self) -> bool {
@@ -103,7 +84,7 @@ where
             let now = Instant::now();
             next.into_iter().for_each(|(delivery, lane)| self.start(delivery, Some(lane), now));
         }
-        polled
+        polled > 0
     }
 
     fn poll_calls(&mut self, cx: &mut Context<'_>) -> bool {
@@ -111,7 +92,7 @@ where
         while let Poll::Ready(Some(())) = self.calls.poll_next_unpin(cx) {
             returned = true;
         }
-        returned
+        returned | self.shared.may_another_leave()
     }
 
     fn poll_intake(&mut self, cx: &mut Context<'_>) -> bool {
@@ -220,9 +201,36 @@ where
     pub(super) fn in_flight(&self) -> usize {
         self.events
     }
+}
 
-    /// Says in which phase the consumer is.
-    pub(super) fn enter(&self, phase: Phase) {
-        self.shared.view.vitals.enter(phase);
+impl<F, L> Drive for Engine<F, L>
+where
+    F: Future<Output = ()> + Send + 'static,
+    L: Fn(Arc<Shared>, Delivery) -> F + Send + 'static,
+{
+    fn poll(&mut self, cx: &mut Context<'_>, keeper: Option<usize>) -> Driven {
+        while self.poll_tick(cx) {}
+        for _ in 0..ROUNDS_MAX {
+            let mut moved = self.poll_lives();
+            self.shared.launch_batches();
+            moved |= self.runners.hand_over(&self.shared.started, keeper);
+            self.shared.launch(|call| self.calls.push(call));
+            moved |= self.poll_calls(cx);
+            moved |= self.poll_intake(cx);
+            if !moved && self.lives.rest(cx) {
+                let asked = self.intake.has_asked() || !self.calls.is_empty();
+                return match self.events {
+                    0 if self.shared.is_draining() => Driven::Over,
+                    _ if asked => Driven::Asked,
+                    _ => Driven::Answered,
+                };
+            }
+        }
+        cx.waker().wake_by_ref();
+        Driven::Asked
+    }
+
+    fn expect_poll(&self) {
+        self.lives.expect_poll();
     }
 }

@@ -22,6 +22,8 @@ const RECEIVE_RETRY_MAX: Duration = Duration::from_secs(1);
 pub(super) struct Intake {
     broker: Arc<dyn Broker>,
     receiving: Option<Receiving>,
+    /// A receive was begun, and nobody has asked about it yet.
+    has_begun: bool,
     /// The last receive failed, and none has reached the broker since.
     failed: bool,
     /// When the receive after a failure began.
@@ -52,6 +54,7 @@ impl Intake {
         Self {
             broker,
             receiving: None,
+            has_begun: false,
             receiving_since: Instant::now(),
             failed: false,
             reached_after,
@@ -74,6 +77,7 @@ impl Intake {
         }
         let receiving = self.receiving.get_or_insert_with(|| {
             let broker = Arc::clone(&self.broker);
+            self.has_begun = true;
             if self.failed {
                 self.receiving_since = Instant::now();
             }
@@ -103,5 +107,10 @@ impl Intake {
                 Arrived::Failed(error)
             }
         })
+    }
+
+    /// Whether the broker was asked since the last call, and has not answered.
+    pub(super) fn has_asked(&mut self) -> bool {
+        std::mem::take(&mut self.has_begun) && self.receiving.is_some()
     }
 }

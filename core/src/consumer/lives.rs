@@ -10,6 +10,8 @@ use std::task::{Context, Wake, Waker};
 
 use futures_util::task::AtomicWaker;
 
+use super::helm::wake;
+
 /// Lives of type `F`, each with a tag that comes back when it ends.
 pub(super) struct Lives<F, T> {
     slots: Vec<Slot<F, T>>,
@@ -60,7 +62,7 @@ impl Wake for SlotWake {
         drop(slots);
         // The driver takes the whole list in one round, so only the first of a round has to wake it.
         if first {
-            self.woken.driver.wake();
+            wake(&self.woken.driver);
         }
     }
 }
@@ -74,6 +76,11 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
     /// wait for a session's end in an order of chance.
     pub(super) fn in_order(self, in_order: bool) -> Self {
         Self { in_order, ..self }
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.free.len() == self.slots.len()
     }
 
     /// Puts a life into a free slot; it is polled in the next round.
@@ -98,14 +105,11 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         self.slots.iter().filter_map(|slot| slot.tag.as_ref())
     }
 
-    /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers whether any was
-    /// polled. Nobody is woken when there is another: the driver asks again, or [`rest`](Self::rest)s.
-    pub(super) fn poll(&mut self, mut ended: impl FnMut(T)) -> bool {
-        // A driver that is awake sees for itself what is woken in its round. To be woken then would cost it another
-        // poll for nothing, and the runtime a thread that looks for work.
-        drop(self.woken.driver.take());
+    /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers how many were polled. Nobody is woken when there is another: the driver asks again, or [`rest`](Self::rest)s.
+    pub(super) fn poll(&mut self, mut ended: impl FnMut(T)) -> usize {
+        self.expect_poll();
         std::mem::swap(&mut self.round, &mut *self.woken.lock());
-        let any = !self.round.is_empty();
+        let polls = self.round.len();
         if self.in_order {
             self.round.sort_unstable();
         }
@@ -121,7 +125,13 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
                 slot.tag.take().into_iter().for_each(&mut ended);
             }
         }
-        any
+        polls
+    }
+
+    /// Nobody is woken for what is woken from here on: a driver that is awake sees it in its next poll. To be woken would
+    /// cost it another poll for nothing, and the runtime a thread that looks for work.
+    pub(super) fn expect_poll(&self) {
+        drop(self.woken.driver.take());
     }
 
     /// Whether the driver may wait: `cx` is woken with the next life. If not, one was woken since the last round.
@@ -164,7 +174,7 @@ mod tests {
         });
         lives.start(life, ());
         assert!(!lives.rest(&cx), "there is one to be polled");
-        assert!(lives.poll(|()| ()) && lives.poll(|()| ()));
+        assert_eq!((lives.poll(|()| ()), lives.poll(|()| ())), (1, 1));
         assert_eq!(wakes(), 0, "the driver was awake");
         assert!(lives.rest(&cx));
         lives.slots[0].wake.wake_by_ref();
@@ -176,14 +186,14 @@ mod tests {
         let mut lives = Lives::new();
         let mut ended = Vec::new();
         lives.start(std::future::ready(()), 1);
-        assert!(lives.poll(|tag| ended.push(tag)));
+        assert_eq!(lives.poll(|tag| ended.push(tag)), 1);
         lives.slots[0].wake.wake_by_ref();
-        assert!(lives.poll(|tag| ended.push(tag)));
+        assert_eq!(lives.poll(|tag| ended.push(tag)), 1);
         lives.start(std::future::ready(()), 2);
         assert_eq!((lives.tags().count(), lives.slots.len()), (1, 1));
         lives.poll(|tag| ended.push(tag));
         assert_eq!(ended, [1, 2]);
-        assert!(!lives.poll(|_| ()));
+        assert_eq!(lives.poll(|_| ()), 0);
     }
 
     #[test]
@@ -198,7 +208,7 @@ mod tests {
         lives.start(life, ());
         let (mut rounds, mut over) = (0, false);
         while !over {
-            assert!(lives.poll(|()| over = true), "it woke itself");
+            assert_eq!(lives.poll(|()| over = true), 1, "it woke itself");
             rounds += 1;
         }
         assert_eq!(rounds, 3);

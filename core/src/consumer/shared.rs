@@ -123,6 +123,8 @@ pub(super) struct Shared {
     pub(super) ended_by_broker: Notify,
     pub(super) is_probing: AtomicBool,
     pub(super) is_renewing: AtomicBool,
+    /// A batch of calls lets the next of its kind leave before it returns.
+    pub(super) another_may_leave: AtomicBool,
     pub(super) is_publisher_up: AtomicBool,
     pub(super) chance: Mutex<fastrand::Rng>,
     pub(super) token: (u64, AtomicU64),
@@ -180,6 +182,7 @@ impl Shared {
             ended_by_broker: Notify::new(),
             is_probing: AtomicBool::new(false),
             is_renewing: AtomicBool::new(false),
+            another_may_leave: AtomicBool::new(false),
             is_publisher_up: AtomicBool::new(true),
             token: (rng.u64(..), AtomicU64::new(0)),
             chance: Mutex::new(rng),
