@@ -26,6 +26,8 @@ pub(crate) mod code {
     pub(crate) const KNOWN_STATEMENT: &str = "42P05";
     /// What `finish.sql` runs into where it did not write its mark.
     pub(crate) const DIVISION_BY_ZERO: &str = "22012";
+    /// And where the transaction is not the one that hapax began.
+    pub(crate) const INVALID_TEXT: &str = "22P02";
     /// Among others a prepared statement whose answer would have another shape than before.
     pub(crate) const NOT_SUPPORTED: &str = "0A000";
 }

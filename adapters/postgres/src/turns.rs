@@ -10,8 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hapax::ErrorKind;
-use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
+use sqlx::postgres::PgTransactionManager;
+use sqlx::{PgConnection, Postgres};
+use sqlx_core::transaction::TransactionManager;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
@@ -58,6 +60,20 @@ impl Line {
     }
 }
 
+impl Drop for Line {
+    fn drop(&mut self) {
+        // From the innermost savepoint on, which alone would leave the transaction open. Sent with whatever comes next.
+        while depth(&self.connection) > 0 {
+            PgTransactionManager::start_rollback(&mut self.connection);
+        }
+    }
+}
+
+/// How deep sqlx believes the connection to be in transactions and savepoints.
+pub(crate) fn depth(connection: &PgConnection) -> usize {
+    PgTransactionManager::get_transaction_depth(connection)
+}
+
 impl Turns {
     pub(crate) fn new(lines: Arc<Lines>, reuses: bool) -> Self {
         let most = lines.pool().options().get_max_connections().saturating_sub(LEFT).max(1);
@@ -99,7 +115,8 @@ impl Turns {
         let has_room = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
         let is_fresh = line.uses < USES_MAX && line.taken.elapsed() < KEPT_FOR_MAX;
         // Behind a pooler a connection that waits would keep a server from others.
-        if !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
+        let is_chained = depth(&line.connection) == 1;
+        if !is_chained || !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
             return;
         }
         // What is asked for a second time is worth preparing.

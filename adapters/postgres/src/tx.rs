@@ -19,7 +19,7 @@ use crate::error::{Fault, code};
 use crate::line::{Replies, ask_into, ask_on};
 use crate::outcomes::{self, Desk, ended_by_handler};
 use crate::statements::{Readiness, Statements};
-use crate::turns::{Line, Turns};
+use crate::turns::{Line, Turns, depth};
 
 /// How long a handler that has returned may still keep its transaction (in a task that it started).
 pub const HAND_BACK_MAX: Duration = Duration::from_secs(5);
@@ -131,6 +131,17 @@ impl Held {
         &mut self.line.as_mut().expect("there until it is dropped").connection
     }
 
+    /// Begins on the server. What sqlx believes of the connection is so afterwards.
+    async fn begin(&mut self, statements: &Statements) -> Result<(), Fault> {
+        let mark = self.mark;
+        let connection = self.connection_mut();
+        if depth(connection) == 1 {
+            return ask_on(connection, statements.begin_next(mark)).await.map(drop);
+        }
+        let begin = AssertSqlSafe(statements.begin(mark)).into_sql_str();
+        Ok(PgTransactionManager::begin(connection, Some(begin)).await?)
+    }
+
     /// What sqlx believes of the connection: inside the transaction, and in no savepoint of it. Where it believes
     /// otherwise, its commit would release the savepoint or do nothing, and report success.
     fn check_depth(&self) -> Result<(), Fault> {
@@ -148,22 +159,13 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let Some(mut line) = self.line.take() else { return };
-        let is_ended = depth(&line.connection) == 0;
-        // From the innermost savepoint on, which alone would leave the transaction open. Sent with whatever comes next.
-        while depth(&line.connection) > 0 {
-            PgTransactionManager::start_rollback(&mut line.connection);
-        }
         match self.stands {
             Stands::Committed => self.turns.give_back(line),
-            Stands::Open if !is_ended => {}
+            Stands::Open if depth(&line.connection) > 0 => {}
             // What is open there, if anything is, sqlx would not end.
             Stands::Open | Stands::Unknown => line.connection.close_on_drop(),
         }
     }
-}
-
-fn depth(connection: &PgConnection) -> usize {
-    PgTransactionManager::get_transaction_depth(connection)
 }
 
 pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result<(PgTx, PgLent), Fault> {
@@ -175,8 +177,7 @@ pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result
         // sqlx 0.9 leaves the server inside a transaction where `begin` is dropped before its answer has come: such a
         // connection is closed.
         let mut held = Held { line: Some(line), stands: Stands::Unknown, mark, turns: Arc::clone(turns), _turn: turn };
-        let begin = AssertSqlSafe(statements.begin(mark)).into_sql_str();
-        let begun = timeout(BEGIN_MAX, PgTransactionManager::begin(held.connection_mut(), Some(begin))).await;
+        let begun = timeout(BEGIN_MAX, held.begin(statements)).await;
         match begun.map_err(|_| Fault::unavailable(format!("no transaction within {BEGIN_MAX:?}")))? {
             Ok(()) => {
                 held.stands = Stands::Open;
@@ -185,8 +186,8 @@ pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result
                 return Ok((tx, PgLent { back: Some(back), held: None, deadline: turns.lines.deadline() }));
             }
             // The server was restarted: the pool would have found out.
-            Err(sqlx::Error::Io(_)) if is_kept => turns.forget_kept(),
-            Err(refused) => return Err(refused.into()),
+            Err(fault) if is_kept && !fault.is_told() => turns.forget_kept(),
+            Err(refused) => return Err(refused),
         }
     }
 }
@@ -252,25 +253,34 @@ impl PgLent {
         statements: &Statements,
         batch: &[(Lease, Outcome)],
     ) -> Result<Vec<Recorded>, Fault> {
-        if let [(lease, Outcome::Processed)] = batch
-            && self.finish(statements, lease).await?
-        {
+        let finish = match batch {
+            [(lease, Outcome::Processed)] => self.finish(statements, lease).await?,
+            _ => Finish::Unmarked,
+        };
+        if finish == Finish::Committed {
             return Ok(vec![Recorded::Done]);
         }
         let answers = self.record(statements, batch).await?;
+        if finish == Finish::RolledBack {
+            // What it recorded is rolled back with the transaction, as what the handler wrote was.
+            return match answers.as_slice() {
+                [Recorded::Fenced | Recorded::AlreadyDone] => Ok(answers),
+                _ => Err(Fault::unavailable("the event could not be marked: what its handler wrote is rolled back")),
+            };
+        }
         if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
             self.commit().await.map_err(Fault::at_last_commit)?;
         }
         Ok(answers)
     }
 
-    /// Marks one event as processed and commits; false where it could not be marked, and then the transaction stands as
-    /// the handler left it.
-    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
+    /// Marks one event as processed and commits, in one message.
+    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<Finish, Fault> {
         let deadline = self.deadline;
         let late = || Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"));
         let held = self.held().await?;
         let Some(line) = &mut held.line else { return Err(lost()) };
+        let has_savepoint = line.readiness != Readiness::Prepared;
         let finish = statements.finish(lease, held.mark, line.readiness);
         held.stands = Stands::Unknown;
         let mut replies = Replies::new();
@@ -279,16 +289,17 @@ impl PgLent {
         let Err(fault) = asked else {
             held.stands = Stands::Committed;
             line.readiness = ready_after(line.readiness, &replies);
-            return Ok(true);
+            return Ok(Finish::Committed);
         };
-        if fault.leaves_transaction() {
+        // Where the handler ended it, what is open now, if anything is, is not ours.
+        if fault.leaves_transaction() && !fault.has_code(code::INVALID_TEXT) {
             held.stands = Stands::Open;
         }
         let is_marked = replies.iter().flatten().any(|row| row.try_get::<i64, _>("marked").is_ok());
         if is_marked || !fault.is_told() {
             return Err(fault.at_last_commit());
         }
-        if fault.has_code(code::NO_TRANSACTION) {
+        if fault.has_code(code::NO_TRANSACTION) || fault.has_code(code::INVALID_TEXT) {
             return Err(ended_by_handler());
         }
         if !fault.has_code(code::DIVISION_BY_ZERO) && !fault.is_of_preparing() {
@@ -299,7 +310,15 @@ impl PgLent {
             line.readiness = Readiness::Unknown;
         }
         held.stands = Stands::Unknown;
-        let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
+        let (back, finish) = if has_savepoint {
+            ("ROLLBACK TO SAVEPOINT hapax_mark".to_owned(), Finish::Unmarked)
+        } else {
+            if fault.is_of_preparing() {
+                held.turns.lines.prepare_no_more();
+            }
+            (statements.begin_next(held.mark), Finish::RolledBack)
+        };
+        let back = ask_on(&mut line.connection, back);
         // Whatever it answers, nothing was committed. Without a savepoint the error was one that the handler left behind.
         let back = timeout(deadline, back).await;
         let back = back.map_err(|_| Fault::unavailable(format!("no answer within {deadline:?}")))?;
@@ -307,8 +326,18 @@ impl PgLent {
             held.stands = Stands::Open;
         }
         back.map_err(Fault::in_transaction)?;
-        Ok(false)
+        Ok(finish)
     }
+}
+
+/// How the end of a transaction in one message went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Finish {
+    Committed,
+    /// The event could not be marked, and the transaction stands as the handler left it.
+    Unmarked,
+    /// The event could not be marked: what the handler wrote is gone, and another transaction has begun.
+    RolledBack,
 }
 
 /// What is known of a connection's prepared statement after it was used.

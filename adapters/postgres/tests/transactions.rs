@@ -538,6 +538,71 @@ async fn a_mark_that_cannot_be_set_leaves_the_connection_in_order() {
     assert_eq!(place.rows().await.len(), 12);
 }
 
+/// Where the mark is prepared no savepoint keeps what the handler wrote: it is rolled back, and the answer is what a record
+/// in a transaction of its own says.
+#[tokio::test]
+async fn a_prepared_mark_that_cannot_be_set_rolls_back() {
+    let place = Place::fresh().await;
+    let store = place.builder().reuse_connections(true).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let mut held = Vec::new();
+    for n in 0..7 {
+        held.push(lease(&store, consumer, n).await);
+    }
+    let finish = async |row: &str, held| {
+        let lent = written(&place, &store, row).await;
+        store.record_and_commit(lent, &[(held, Outcome::Processed)]).await
+    };
+    let prepare = async |held: &[Lease]| {
+        for held in held {
+            assert_eq!(finish("done", *held).await.unwrap(), [Recorded::Done]);
+        }
+    };
+    prepare(&held[..4]).await;
+    assert_eq!(finish("again", held[0]).await.unwrap(), [Recorded::AlreadyDone]);
+    prepare(&held[4..]).await;
+    let zombie = Lease { fence: held[0].fence.checked_add(1).unwrap(), ..held[0] };
+    assert_eq!(finish("fenced", zombie).await.unwrap(), [Recorded::Fenced]);
+    let mut more = Vec::new();
+    for n in 7..12 {
+        more.push(lease(&store, consumer, n).await);
+    }
+    prepare(&more[..4]).await;
+    assert!(store.forget("billing", key(11)).await.unwrap());
+    let error = finish("vanished", more[4]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(matches!(claim(&store, consumer, 11, 9).await, Claim::Granted(..)), "it runs again");
+    assert_eq!(place.rows().await, ["done"; 11]);
+}
+
+/// A handler that ends the transaction by itself is told so where the mark is prepared too.
+#[tokio::test]
+async fn a_handler_that_ends_a_kept_transaction_is_told_so() {
+    let place = Place::fresh().await;
+    let store = place.builder().reuse_connections(true).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    for (round, end) in ["COMMIT", "ROLLBACK", "COMMIT; BEGIN"].into_iter().enumerate() {
+        let first = 10 * round as u64;
+        for n in first..first + 5 {
+            let held = lease(&store, consumer, n).await;
+            let (mut tx, lent) = store.begin().await.unwrap();
+            if n == first + 4 {
+                sqlx::raw_sql(AssertSqlSafe(end)).execute(&mut *tx).await.unwrap();
+            }
+            drop(tx);
+            let answer = store.record_and_commit(lent, &[(held, Outcome::Processed)]).await;
+            if n < first + 4 {
+                assert_eq!(answer.unwrap(), [Recorded::Done]);
+            } else {
+                let error = answer.expect_err(end);
+                assert_eq!(error.kind(), ErrorKind::Rejected, "{end}: {error}");
+                assert!(error.to_string().contains("ended"), "{end}: {error}");
+            }
+        }
+        no_transaction_stays_open(&place).await;
+    }
+}
+
 /// The commit did not arrive: the same token is granted the same lease, and the handler runs again.
 #[tokio::test]
 async fn a_commit_that_never_arrived_leaves_nothing_and_the_lease_as_it_was() {

@@ -117,7 +117,7 @@ impl Shared {
             };
             let permit = match self.permits.try_acquire() {
                 Ok(permit) => permit,
-                Err(_) => Box::pin(self.unless_over(delivery, self.permits.acquire())).await?.ok()?,
+                Err(_) => self.permit(delivery).await?,
             };
             if self.is_draining() || !delivery.session.is_live() {
                 return None;
@@ -127,6 +127,17 @@ impl Shared {
                 return Some(Place { pass, _permit: permit, _budget: budget });
             }
         }
+    }
+
+    /// Waits for a handler's permit. There are none when the consumer drains.
+    fn permit<'d, 'a: 'd>(&'a self, delivery: &'d Delivery) -> Rare<'d, Option<SemaphorePermit<'a>>> {
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                permit = self.permits.acquire() => permit.ok(),
+                () = delivery.session.not_live() => None,
+            }
+        })
     }
 
     /// On a store with one transaction at a time, claims wait for their turn with the lease running: as many are claimed

@@ -23,12 +23,17 @@ pub struct Wish {
     pub brokers: Vec<String>,
     pub stores: Vec<String>,
     pub contenders: Vec<String>,
-    pub events: u64,
+    pub events: Option<u64>,
     pub size: usize,
     pub rounds: usize,
 }
 
 impl Wish {
+    /// Events a round. Long enough that what a client fetched ahead counts for little; a queue is filled for each run.
+    fn events(&self, broker: &str) -> u64 {
+        self.events.unwrap_or(if broker == "rabbitmq" { 60_000 } else { 400_000 })
+    }
+
     fn wants(&self, contender: &Contender) -> bool {
         let any = |names: &[String], name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
         let with_level = contender.level.map(|level| format!("{}-{level}", contender.name)).unwrap_or_default();
@@ -68,9 +73,9 @@ impl<'a> Bench<'a> {
         let mut feed = Feed::open(broker, &place.url(broker)?, false).await?;
         let topic = unique("topic");
         if broker != "rabbitmq" {
-            eprintln!("{broker}: {} messages of {} bytes", wish.events, wish.size);
+            eprintln!("{broker}: {} messages of {} bytes", wish.events(broker), wish.size);
             feed.create(&topic).await?;
-            feed.fill(&topic, &Content::of(wish.size), 0..wish.events).await?;
+            feed.fill(&topic, &Content::of(wish.size), 0..wish.events(broker)).await?;
         }
         Ok(Self { broker, feed, place, wish, topic, runs: 0 })
     }
@@ -82,7 +87,7 @@ impl<'a> Bench<'a> {
                 eprintln!("  {} is left out: it is not built", contender.title());
                 continue;
             }
-            let trial = match self.once(&contender, TRIAL.min(self.wish.events)).await {
+            let trial = match self.once(&contender, TRIAL.min(self.wish.events(self.broker))).await {
                 Ok(trial) => trial,
                 Err(error) => {
                     eprintln!("  {} is left out: {error}", contender.title());
@@ -90,7 +95,7 @@ impl<'a> Bench<'a> {
                 }
             };
             let per_second = trial.events as f64 / trial.seconds;
-            let mut events = self.wish.events;
+            let mut events = self.wish.events(self.broker);
             if events as f64 / per_second > ROUND_S_MAX {
                 events = ((per_second * SHORT_ROUND_S) as u64).max(SHORT_ROUND_MIN).min(events);
                 eprintln!("  {}: {events} events a round, more would take over {ROUND_S_MAX} s", contender.title());
@@ -112,14 +117,13 @@ impl<'a> Bench<'a> {
         }
         let mut rows = Vec::new();
         for lane in lanes.into_iter().filter(|lane| !lane.outcomes.is_empty()) {
-            let mut row = Row::new(&lane.contender, self.wish.size, &lane.outcomes);
+            let mut row = Row::new(&lane.contender, self.wish.size, lane.events, &lane.outcomes);
             let offered_per_s = offered(row.events_per_s.median);
             match self.latency(&lane.contender, offered_per_s).await {
                 Ok(found) => (row.p50_ms, row.p99_ms) = found.unzip(),
                 Err(error) => eprintln!("  {error}"),
             }
             row.offered_per_s = (offered_per_s < PACE_PER_S).then_some(offered_per_s);
-            row.fewer = (lane.events < self.wish.events).then_some(lane.events);
             rows.push(row);
         }
         self.feed.delete(&self.topic, "none").await;

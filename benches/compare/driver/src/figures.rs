@@ -53,13 +53,13 @@ pub struct Row {
     /// At what offered rate the latencies were measured, where it was not the usual one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offered_per_s: Option<u64>,
-    /// How many events a round had, where it was fewer than asked for.
-    #[serde(default, rename = "events", skip_serializing_if = "Option::is_none")]
-    pub fewer: Option<u64>,
+    /// How many events a round had.
+    #[serde(default)]
+    pub events: u64,
 }
 
 impl Row {
-    pub fn new(contender: &Contender, size: usize, outcomes: &[Outcome]) -> Self {
+    pub fn new(contender: &Contender, size: usize, events: u64, outcomes: &[Outcome]) -> Self {
         Self {
             broker: contender.broker.clone(),
             store: contender.store.to_owned(),
@@ -73,7 +73,7 @@ impl Row {
             p99_ms: None,
             peak_mib: Spread::of(outcomes.iter().map(|outcome| outcome.peak_mib)).median.round(),
             offered_per_s: None,
-            fewer: None,
+            events,
         }
     }
 
@@ -204,8 +204,9 @@ pub fn markdown(rows: &[Row]) -> String {
     let mut brokers: Vec<_> = rows.iter().map(|row| row.broker.as_str()).collect();
     brokers.dedup();
     for broker in brokers {
-        let columns = "| Contender | events/s (min..max) | CPU µs an event | p50 ms | p99 ms | peak MiB |";
-        line(&mut text, format_args!("\n### {broker}\n\n{columns}\n|---|---|---|---|---|---|"));
+        let columns =
+            "| Contender | events a round | events/s (min..max) | CPU µs an event | p50 ms | p99 ms | peak MiB |";
+        line(&mut text, format_args!("\n### {broker}\n\n{columns}\n|---|---|---|---|---|---|---|"));
         for row in rows.iter().filter(|row| row.broker == broker) {
             let Row { events_per_s: events, cpu_us_per_event: cpu, peak_mib, .. } = row;
             let title = row.title();
@@ -213,13 +214,12 @@ pub fn markdown(rows: &[Row]) -> String {
             if let Some(offered) = row.offered_per_s {
                 p99 += &format!(" at {offered}/s");
             }
-            let note = row.fewer.map(|events| format!(" ({events} events)")).unwrap_or_default();
             let (median, min, max) = (rate(events.median), rate(events.min), rate(events.max));
             line(
                 &mut text,
                 format_args!(
-                    "| {title}{note} | {median} ({min}..{max}) | {:.1} | {p50} | {p99} | {peak_mib:.0} |",
-                    cpu.median
+                    "| {title} | {} | {median} ({min}..{max}) | {:.1} | {p50} | {p99} | {peak_mib:.0} |",
+                    row.events, cpu.median
                 ),
             );
         }

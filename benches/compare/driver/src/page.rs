@@ -19,8 +19,8 @@ pub struct Kept<T> {
     pub machine: String,
     pub load_before: String,
     pub load_after: String,
-    /// Events a round, and rounds.
-    pub events: u64,
+    /// Events a round, where it is the same for all, and rounds.
+    pub events: Option<u64>,
     pub rounds: usize,
     pub figures: Vec<T>,
 }
@@ -145,11 +145,12 @@ scripts/bench growth --docs
 ";
 
 fn told<T>(text: &mut String, kept: &Kept<T>) {
-    let Kept { machine, load_before, load_after, events, rounds, .. } = kept;
+    let Kept { machine, load_before, load_after, rounds, .. } = kept;
+    let events = kept.events.map(|events| format!("{events} events a round, ")).unwrap_or_default();
     line(
         text,
         format_args!(
-            "{machine}. {events} events a round, {rounds} rounds. Load average {load_before} before and {load_after} after: above the number \
+            "{machine}. {events}{rounds} rounds. Load average {load_before} before and {load_after} after: above the number \
              of cores, others were at work too.\n"
         ),
     );
