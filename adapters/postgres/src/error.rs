@@ -26,8 +26,6 @@ pub(crate) mod code {
     pub(crate) const KNOWN_STATEMENT: &str = "42P05";
     /// What `finish.sql` runs into where it did not write its mark.
     pub(crate) const DIVISION_BY_ZERO: &str = "22012";
-    /// And where the transaction is not the one that hapax began.
-    pub(crate) const INVALID_TEXT: &str = "22P02";
     /// Among others a prepared statement whose answer would have another shape than before.
     pub(crate) const NOT_SUPPORTED: &str = "0A000";
 }
@@ -135,9 +133,9 @@ impl Fault {
         code.is_some_and(|code| code != code::NO_TRANSACTION && !code.starts_with("08") && !code.starts_with("57P"))
     }
 
-    /// Whether it was the server that refused something.
-    pub(crate) fn is_told(&self) -> bool {
-        self.code.is_some()
+    /// Whether the connection is lost or ended, whoever says so.
+    pub(crate) fn is_of_connection(&self) -> bool {
+        self.code.as_deref().is_none_or(|code| code.starts_with("08") || code.starts_with("57P"))
     }
 
     pub(crate) fn during(self, operation: &'static str) -> Error {

@@ -245,20 +245,14 @@ impl Statements {
         format!("ROLLBACK; BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL hapax.tx = '{mark}'")
     }
 
-    /// Marks one event as processed in the handler's transaction that bears `mark`, and commits. Chained, since sqlx
-    /// believes a transaction to be open until it ends it itself.
-    ///
-    /// A savepoint keeps what the handler wrote where it cannot be marked, and the message has its bounds in time. Both
-    /// cost as much as the mark, so where it is prepared it goes without: what it cannot mark is rolled back, and who
-    /// waits for a lock is left by the caller.
+    /// Marks one event as processed in the handler's transaction that bears `mark`, and commits. The savepoint keeps what
+    /// the handler wrote where it cannot be marked. Chained, since sqlx believes a transaction to be open until it ends it
+    /// itself.
     pub(crate) fn finish(&self, held: &Lease, mark: u64, readiness: Readiness) -> String {
         let (lock, statement) = (self.lock_timeout, self.statement_timeout);
-        let mut out = match readiness {
-            Readiness::Prepared => String::new(),
-            _ => format!(
-                "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; "
-            ),
-        };
+        let mut out = format!(
+            "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; "
+        );
         let form = match readiness {
             Readiness::NotAsked => Form::Text,
             Readiness::Unknown => {

@@ -185,8 +185,8 @@ pub(crate) async fn begin(statements: &Statements, turns: &Arc<Turns>) -> Result
                 let tx = PgTx { held: Some(held), home: Some(home) };
                 return Ok((tx, PgLent { back: Some(back), held: None, deadline: turns.lines.deadline() }));
             }
-            // The server was restarted: the pool would have found out.
-            Err(fault) if is_kept && !fault.is_told() => turns.forget_kept(),
+            // The server was restarted, or has ended it: the pool would have found out.
+            Err(fault) if is_kept && !fault.leaves_connection() => turns.forget_kept(),
             Err(refused) => return Err(refused),
         }
     }
@@ -253,34 +253,25 @@ impl PgLent {
         statements: &Statements,
         batch: &[(Lease, Outcome)],
     ) -> Result<Vec<Recorded>, Fault> {
-        let finish = match batch {
-            [(lease, Outcome::Processed)] => self.finish(statements, lease).await?,
-            _ => Finish::Unmarked,
-        };
-        if finish == Finish::Committed {
+        if let [(lease, Outcome::Processed)] = batch
+            && self.finish(statements, lease).await?
+        {
             return Ok(vec![Recorded::Done]);
         }
         let answers = self.record(statements, batch).await?;
-        if finish == Finish::RolledBack {
-            // What it recorded is rolled back with the transaction, as what the handler wrote was.
-            return match answers.as_slice() {
-                [Recorded::Fenced | Recorded::AlreadyDone] => Ok(answers),
-                _ => Err(Fault::unavailable("the event could not be marked: what its handler wrote is rolled back")),
-            };
-        }
         if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
             self.commit().await.map_err(Fault::at_last_commit)?;
         }
         Ok(answers)
     }
 
-    /// Marks one event as processed and commits, in one message.
-    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<Finish, Fault> {
+    /// Marks one event as processed and commits; false where it could not be marked, and then the transaction stands as
+    /// the handler left it.
+    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
         let deadline = self.deadline;
         let late = || Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"));
         let held = self.held().await?;
         let Some(line) = &mut held.line else { return Err(lost()) };
-        let has_savepoint = line.readiness != Readiness::Prepared;
         let finish = statements.finish(lease, held.mark, line.readiness);
         held.stands = Stands::Unknown;
         let mut replies = Replies::new();
@@ -289,17 +280,17 @@ impl PgLent {
         let Err(fault) = asked else {
             held.stands = Stands::Committed;
             line.readiness = ready_after(line.readiness, &replies);
-            return Ok(Finish::Committed);
+            return Ok(true);
         };
-        // Where the handler ended it, what is open now, if anything is, is not ours.
-        if fault.leaves_transaction() && !fault.has_code(code::INVALID_TEXT) {
+        if fault.leaves_transaction() {
             held.stands = Stands::Open;
         }
         let is_marked = replies.iter().flatten().any(|row| row.try_get::<i64, _>("marked").is_ok());
-        if is_marked || !fault.is_told() {
+        // Whoever ends the connection, a pooler say, may not have heard of the commit.
+        if is_marked || fault.is_of_connection() {
             return Err(fault.at_last_commit());
         }
-        if fault.has_code(code::NO_TRANSACTION) || fault.has_code(code::INVALID_TEXT) {
+        if fault.has_code(code::NO_TRANSACTION) {
             return Err(ended_by_handler());
         }
         if !fault.has_code(code::DIVISION_BY_ZERO) && !fault.is_of_preparing() {
@@ -310,15 +301,7 @@ impl PgLent {
             line.readiness = Readiness::Unknown;
         }
         held.stands = Stands::Unknown;
-        let (back, finish) = if has_savepoint {
-            ("ROLLBACK TO SAVEPOINT hapax_mark".to_owned(), Finish::Unmarked)
-        } else {
-            if fault.is_of_preparing() {
-                held.turns.lines.prepare_no_more();
-            }
-            (statements.begin_next(held.mark), Finish::RolledBack)
-        };
-        let back = ask_on(&mut line.connection, back);
+        let back = ask_on(&mut line.connection, "ROLLBACK TO SAVEPOINT hapax_mark".to_owned());
         // Whatever it answers, nothing was committed. Without a savepoint the error was one that the handler left behind.
         let back = timeout(deadline, back).await;
         let back = back.map_err(|_| Fault::unavailable(format!("no answer within {deadline:?}")))?;
@@ -326,18 +309,8 @@ impl PgLent {
             held.stands = Stands::Open;
         }
         back.map_err(Fault::in_transaction)?;
-        Ok(finish)
+        Ok(false)
     }
-}
-
-/// How the end of a transaction in one message went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Finish {
-    Committed,
-    /// The event could not be marked, and the transaction stands as the handler left it.
-    Unmarked,
-    /// The event could not be marked: what the handler wrote is gone, and another transaction has begun.
-    RolledBack,
 }
 
 /// What is known of a connection's prepared statement after it was used.

@@ -538,41 +538,21 @@ async fn a_mark_that_cannot_be_set_leaves_the_connection_in_order() {
     assert_eq!(place.rows().await.len(), 12);
 }
 
-/// Where the mark is prepared no savepoint keeps what the handler wrote: it is rolled back, and the answer is what a record
-/// in a transaction of its own says.
+/// The server ended a connection between two handlers: the next has another.
 #[tokio::test]
-async fn a_prepared_mark_that_cannot_be_set_rolls_back() {
+async fn a_kept_connection_that_the_server_ended_is_replaced() {
     let place = Place::fresh().await;
     let store = place.builder().reuse_connections(true).connect().await.unwrap();
     let consumer = store.open("billing", RETENTION).await.unwrap();
-    let mut held = Vec::new();
-    for n in 0..7 {
-        held.push(lease(&store, consumer, n).await);
+    for n in 0..5 {
+        let held = lease(&store, consumer, n).await;
+        let (mut tx, lent) = store.begin().await.expect("whatever became of the connection");
+        let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+        drop(tx);
+        let answers = store.record_and_commit(lent, &[(held, Outcome::Processed)]).await.unwrap();
+        assert_eq!(answers, [Recorded::Done]);
+        run(&place.owner, &format!("SELECT pg_terminate_backend({pid})")).await;
     }
-    let finish = async |row: &str, held| {
-        let lent = written(&place, &store, row).await;
-        store.record_and_commit(lent, &[(held, Outcome::Processed)]).await
-    };
-    let prepare = async |held: &[Lease]| {
-        for held in held {
-            assert_eq!(finish("done", *held).await.unwrap(), [Recorded::Done]);
-        }
-    };
-    prepare(&held[..4]).await;
-    assert_eq!(finish("again", held[0]).await.unwrap(), [Recorded::AlreadyDone]);
-    prepare(&held[4..]).await;
-    let zombie = Lease { fence: held[0].fence.checked_add(1).unwrap(), ..held[0] };
-    assert_eq!(finish("fenced", zombie).await.unwrap(), [Recorded::Fenced]);
-    let mut more = Vec::new();
-    for n in 7..12 {
-        more.push(lease(&store, consumer, n).await);
-    }
-    prepare(&more[..4]).await;
-    assert!(store.forget("billing", key(11)).await.unwrap());
-    let error = finish("vanished", more[4]).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
-    assert!(matches!(claim(&store, consumer, 11, 9).await, Claim::Granted(..)), "it runs again");
-    assert_eq!(place.rows().await, ["done"; 11]);
 }
 
 /// A handler that ends the transaction by itself is told so where the mark is prepared too.
