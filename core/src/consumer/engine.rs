@@ -28,11 +28,12 @@ const ROUNDS_MAX: usize = 32;
 
 /// Drives lives of type `F`, which `live` makes of deliveries.
 pub(super) struct Engine<F, L> {
+    // Dropped first: no handler begins where lives are gone.
+    runners: Runners,
     shared: Arc<Shared>,
     live: L,
     lives: Lives<F, Tag>,
     lanes: Option<Lanes<Delivery>>,
-    runners: Runners,
     calls: FuturesUnordered<Call>,
     intake: Intake,
     tick: Interval,
@@ -218,11 +219,11 @@ where
             moved |= self.poll_calls(cx);
             moved |= self.poll_intake(cx);
             if !moved && self.lives.rest(cx) {
-                let asked = self.intake.has_asked() || !self.calls.is_empty();
+                let has_answers = !self.intake.has_asked() && self.calls.is_empty();
                 return match self.events {
                     0 if self.shared.is_draining() => Driven::Over,
-                    _ if asked => Driven::Asked,
-                    _ => Driven::Answered,
+                    _ if has_answers && self.shared.is_in_process => Driven::Answered,
+                    _ => Driven::Asked,
                 };
             }
         }

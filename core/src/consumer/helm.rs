@@ -6,7 +6,8 @@
 //! Handlers are never polled at it, so that one that blocks stops nothing else.
 //!
 //! Tokio keeps the task that was woken last for the thread that woke it, where no other thread can take it. So a runner
-//! polls no more handlers once anybody may have been woken on its thread: one that blocks would hold that task up.
+//! polls no more handlers once it has woken an engine or a runner on its thread, or asked anybody outside of the process: one
+//! that blocks would hold that task up, or an adapter's. What handlers wake themselves is theirs.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -37,7 +38,7 @@ pub(super) enum Driven {
     Over,
     /// Others were asked for something, and may have been woken for it.
     Asked,
-    /// Whoever was asked has answered.
+    /// Whoever was asked has answered, and is nobody but this process: no task of an adapter's was woken.
     Answered,
 }
 
@@ -59,7 +60,8 @@ pub(super) fn wake(task: &AtomicWaker) {
     }
 }
 
-/// The engine's place, as its task has it. Dropping it drops the engine, after the poll that is under way.
+/// The engine's place, as its task has it. Dropping it drops the engine, after the poll that is under way; not to be done
+/// inside that poll, by an observer say.
 pub(super) struct Helm<E: Drive>(Arc<Wheel<E>>);
 
 /// The engine's place, as runners have it.
@@ -150,7 +152,7 @@ impl<E: Drive> Helm<E> {
         let (engine, panic) = (seat.engine.take(), seat.panic.take());
         drop(seat);
         match panic {
-            Some(panic) => resume_unwind(panic),
+            Some(panic) => go_on_panicking(engine, panic),
             None => engine,
         }
     }
@@ -159,8 +161,20 @@ impl<E: Drive> Helm<E> {
 impl<E: Drive> Drop for Helm<E> {
     fn drop(&mut self) {
         let engine = self.0.lock().engine.take();
-        drop(engine);
+        if std::thread::panicking() {
+            drop_quietly(engine);
+        }
     }
+}
+
+fn go_on_panicking<E>(engine: Option<E>, panic: Box<dyn Any + Send>) -> ! {
+    drop_quietly(engine);
+    resume_unwind(panic)
+}
+
+/// Drops what may panic once more, which would end the process.
+fn drop_quietly<E>(engine: Option<E>) {
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(engine)));
 }
 
 impl<E: Drive> Wheel<E> {
@@ -196,7 +210,7 @@ impl<E: Drive> Wheel<E> {
     fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
         let seat = self.seat.try_lock().or_else(|_| {
             self.was_missed.swap(true, Ordering::AcqRel);
-            self.seat.try_lock()
+            self.seat.try_lock().inspect(|_| self.was_missed.store(false, Ordering::Relaxed))
         });
         let mut seat = match seat {
             Ok(seat) => seat,
@@ -205,8 +219,9 @@ impl<E: Drive> Wheel<E> {
         };
         self.bell.has_rung.store(false, Ordering::Relaxed);
         if let Some(panic) = seat.panic.take() {
+            let engine = seat.engine.take();
             drop(seat);
-            resume_unwind(panic);
+            go_on_panicking(engine, panic);
         }
         match seat.engine.as_mut().map(|engine| engine.poll(cx, None)) {
             None | Some(Driven::Over) => Poll::Ready(()),
@@ -297,6 +312,23 @@ mod tests {
         tokio::task::yield_now().await;
         wheel.tell_and_drive(Some(0), || ());
         task.await.expect("it ends");
+    }
+
+    #[test]
+    fn nobody_drives_what_has_panicked() {
+        let polls = Arc::new(AtomicUsize::new(0));
+        let helm = helm({
+            let polls = Arc::clone(&polls);
+            move |_, _| {
+                polls.fetch_add(1, Ordering::SeqCst);
+                panic!("in the engine")
+            }
+        });
+        helm.0.tell_and_drive(Some(0), || ());
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(catch_unwind(AssertUnwindSafe(|| helm.0.poll(&mut cx))).is_err());
+        helm.0.tell_and_drive(Some(0), || ());
+        assert_eq!(polls.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test]

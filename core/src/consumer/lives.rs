@@ -105,15 +105,19 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
         self.slots.iter().filter_map(|slot| slot.tag.as_ref())
     }
 
-    /// Polls every life that was woken, once, and hands over the tags of those that ended. Answers how many were polled. Nobody is woken when there is another: the driver asks again, or [`rest`](Self::rest)s.
-    pub(super) fn poll(&mut self, mut ended: impl FnMut(T)) -> usize {
+    /// Polls every life that was woken, once, and hands over the tags of those that ended; once it `stops`, the others are
+    /// left for the next time. Answers how many were polled. Nobody is woken when there is another: the driver asks again,
+    /// or [`rest`](Self::rest)s.
+    pub(super) fn poll_until(&mut self, stops: impl Fn() -> bool, mut ended: impl FnMut(T)) -> usize {
         self.expect_poll();
         std::mem::swap(&mut self.round, &mut *self.woken.lock());
-        let polls = self.round.len();
+        let mut polls = 0;
         if self.in_order {
             self.round.sort_unstable();
         }
-        for index in self.round.drain(..) {
+        let mut round = self.round.drain(..);
+        while let Some(index) = if stops() { None } else { round.next() } {
+            polls += 1;
             let slot = &mut self.slots[index];
             // Cleared before the poll: a wake during it queues the slot again.
             // A swap, not a store: what a wake that came before it wrote is to be seen by this poll.
@@ -125,7 +129,15 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
                 slot.tag.take().into_iter().for_each(&mut ended);
             }
         }
+        if round.len() > 0 {
+            self.woken.lock().extend(round);
+        }
         polls
+    }
+
+    /// The same to the end.
+    pub(super) fn poll(&mut self, ended: impl FnMut(T)) -> usize {
+        self.poll_until(|| false, ended)
     }
 
     /// Nobody is woken for what is woken from here on: a driver that is awake sees it in its next poll. To be woken would

@@ -155,9 +155,8 @@ impl Runners {
             return false;
         }
         // Each round is asked about once: what its handlers do now is known after the next.
-        let computes =
-            self.runners.iter().filter(|runner| runner.inbox.computes.swap(false, Ordering::Relaxed)).count() > 0;
-        if computes && chunk.len() > 1 {
+        let computed = |runner: &&Runner| runner.inbox.computes.swap(false, Ordering::Relaxed);
+        if chunk.len() > 1 && self.runners.iter().filter(computed).count() > 0 {
             self.deal(&mut chunk);
         } else {
             let chosen = keeper.or_else(|| self.free()).unwrap_or(self.next);
@@ -208,7 +207,7 @@ impl Runners {
 
 impl Drop for Runners {
     fn drop(&mut self) {
-        // A runner that is awake now ends with the await that its handler stands at, not with those that follow.
+        // One that is awake now polls no more handlers than the one it is at.
         for runner in &self.runners {
             runner.inbox.is_over.store(true, Ordering::Release);
         }
@@ -232,9 +231,6 @@ async fn run<E: Drive>(index: usize, inbox: Arc<Inbox>, wheel: Arc<Wheel<E>>) {
         let woken = wakes();
         let mut since = None;
         for _ in 0..TURNS_MAX {
-            if inbox.is_over.load(Ordering::Acquire) {
-                return Poll::<()>::Pending;
-            }
             inbox.begin_round(&mut arrived);
             for handler in arrived.drain(..) {
                 let runs = match &handler {
@@ -245,8 +241,9 @@ async fn run<E: Drive>(index: usize, inbox: Arc<Inbox>, wheel: Arc<Wheel<E>>) {
             }
             let begun = Instant::now();
             // A handler that only gave way goes on at once, without a turn of the scheduler.
-            let polls = (0..ROUNDS_MAX).map(|_| handlers.poll(|runs| ended.push(runs))).take_while(|polls| *polls > 0);
-            let polls = polls.sum();
+            let stops = || wakes() != woken || inbox.is_over.load(Ordering::Acquire);
+            let mut round = |_| handlers.poll_until(stops, |runs| ended.push(runs));
+            let polls = (0..ROUNDS_MAX).map(&mut round).take_while(|polls| *polls > 0).sum();
             let ended_at = Instant::now();
             inbox.end_round(polls, ended_at - begun);
             // Told outside the round: nothing that follows is to wait for a handler that blocks.
@@ -257,7 +254,7 @@ async fn run<E: Drive>(index: usize, inbox: Arc<Inbox>, wheel: Arc<Wheel<E>>) {
                 wheel.tell_and_drive(have_all_ended.then_some(index), tell) && have_all_ended
             };
             if inbox.rest(cx) && handlers.rest(cx) {
-                return Poll::Pending;
+                return Poll::<()>::Pending;
             }
             // Whoever may have been woken on this thread goes first: see `helm.rs`.
             let is_long = ended_at - *since.get_or_insert(begun) >= TURNS_TAKE_MAX;
@@ -309,6 +306,7 @@ impl One {
 mod tests {
     use std::num::NonZeroU64;
     use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+    use std::task::Waker;
 
     use tokio::sync::Notify;
 
@@ -349,9 +347,13 @@ mod tests {
         helm(|_, _, _| Driven::Answered).end().expect("it has begun").runners
     }
 
-    /// Waits until all have had a round and rest.
-    async fn first_rounds(runners: &Runners) {
-        while runners.runners.iter().any(|runner| runner.inbox.rounds.load(Ordering::Relaxed) != 2) {
+    /// Waits until each has had so many rounds, and is outside of one.
+    async fn rounds(runners: &[Runner], rounds: u64) {
+        let rest = |runner: &Runner| {
+            let counted = runner.inbox.rounds.load(Ordering::Relaxed);
+            counted >= 2 * rounds && counted.is_multiple_of(2)
+        };
+        while !runners.iter().all(rest) {
             tokio::task::yield_now().await;
         }
     }
@@ -377,9 +379,13 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn handlers_that_compute_are_dealt_out() {
         let mut runners = runners();
-        first_rounds(&runners).await;
+        rounds(&runners.runners, 1).await;
         runners.runners[0].inbox.computes.store(true, Ordering::Relaxed);
         let started = Started::default();
+        // One alone cannot be dealt out, and uses up nobody's vote.
+        started.push(Handler::one(Box::pin(std::future::pending()), a_run()));
+        assert!(runners.hand_over(&started, Some(1)));
+        rounds(&runners.runners[1..2], 2).await;
         let ((to_a, by_a), (to_b, by_b)) = (sync_channel(1), sync_channel(1));
         let runs = [(by_a, to_b), (by_b, to_a)].map(|(mine, other)| {
             let run = a_run();
@@ -400,17 +406,21 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn a_small_chunk_wakes_no_more_runners_than_it_has_handlers() {
         let runners = runners();
-        first_rounds(&runners).await;
+        rounds(&runners.runners, 1).await;
         let votes = |runners: &Runners| runners.runners.iter().any(|r| r.inbox.computes.load(Ordering::Relaxed));
         assert!(!votes(&runners), "an empty round says nothing of handlers");
         let runs = [a_run(), a_run()];
         let mut chunk: Vec<_> =
             runs.iter().map(|run| Handler::one(Box::pin(async { Ended::Effect }), Arc::clone(run))).collect();
+        let counted = |runners: &Runners| -> Vec<u64> {
+            runners.runners.iter().map(|runner| runner.inbox.rounds.load(Ordering::Relaxed)).collect()
+        };
+        let before = counted(&runners);
         runners.deal(&mut chunk);
         for run in &runs {
             std::future::poll_fn(|cx| run.poll_finish(cx)).await;
         }
-        let idle = runners.runners.iter().filter(|runner| runner.inbox.rounds.load(Ordering::Relaxed) == 2).count();
+        let idle = before.iter().zip(counted(&runners)).filter(|(before, after)| **before == *after).count();
         assert_eq!(idle, 2);
     }
 
@@ -449,6 +459,74 @@ mod tests {
             Driven::Answered
         };
         blocks_behind(wake, heard, say).await;
+    }
+
+    /// The same inside one round: the first handler wakes the task, the second blocks.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_handler_that_blocks_beside_one_that_woke_the_task_does_not_hold_it_up() {
+        let (say, heard) = sync_channel(1);
+        let (handler, run) = blocks(heard);
+        let started = Started::default();
+        let bell = Arc::<Mutex<Option<Waker>>>::default();
+        started.push(Handler::one(
+            Box::pin({
+                let bell = Arc::clone(&bell);
+                async move {
+                    bell.lock().unwrap_or_else(PoisonError::into_inner).take().into_iter().for_each(Waker::wake);
+                    Ended::Effect
+                }
+            }),
+            a_run(),
+        ));
+        started.push(handler);
+        let helm = helm(move |runners, cx, _| {
+            bell.lock().unwrap_or_else(PoisonError::into_inner).replace(cx.waker().clone());
+            if !runners.hand_over(&started, None) {
+                let _ = say.try_send(());
+            }
+            Driven::Answered
+        });
+        let task = helm.spawn();
+        let finish = std::future::poll_fn(|cx| run.poll_finish(cx)).await;
+        assert!(matches!(finish, Finish::Returned(_)), "{finish:?}");
+        task.abort();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_handler_begins_after_the_runners_are_gone() {
+        let (go_on, heard) = sync_channel(1);
+        let (is_blocked, blocked) = sync_channel(1);
+        let (mut runners, started) = (runners(), Started::default());
+        let (begun, run) = (Arc::new(AtomicBool::new(false)), a_run());
+        started.push(Handler::one(
+            Box::pin(async move {
+                let _ = is_blocked.try_send(());
+                assert!(heard.recv_timeout(Duration::from_secs(30)).is_ok());
+                Ended::Effect
+            }),
+            Arc::clone(&run),
+        ));
+        started.push(Handler::one(
+            Box::pin({
+                let begun = Arc::clone(&begun);
+                async move {
+                    begun.store(true, Ordering::SeqCst);
+                    Ended::Effect
+                }
+            }),
+            a_run(),
+        ));
+        rounds(&runners.runners, 1).await;
+        runners.hand_over(&started, Some(0));
+        blocked.recv_timeout(Duration::from_secs(30)).expect("it runs");
+        drop(runners);
+        go_on.send(()).expect("it waits");
+        std::future::poll_fn(|cx| run.poll_finish(cx)).await;
+        // The runner's task is gone when nobody else has what it holds.
+        while Arc::strong_count(&begun) > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!begun.load(Ordering::SeqCst));
     }
 
     /// An adapter's task, a store's writer say.

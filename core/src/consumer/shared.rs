@@ -18,7 +18,7 @@ use super::runners::Started;
 use super::switch::{Switch, SwitchSettings};
 use super::verdict::Bounds;
 use super::waiting::TRANSACTION_BUDGET;
-use crate::broker::Broker;
+use crate::broker::{Broker, Durability};
 use crate::error::Error;
 use crate::event::{RouteInfo, Routes};
 use crate::guarantee::Guarantee;
@@ -95,6 +95,8 @@ pub(super) struct Shared {
     /// A simulation, which must repeat exactly.
     pub(super) is_seeded: bool,
     pub(super) transactions_block: bool,
+    /// Store and broker are nowhere but in this process.
+    pub(super) is_in_process: bool,
     // What lives wait for.
     pub(super) claims: ClaimCalls,
     pub(super) records: RecordCalls,
@@ -194,6 +196,8 @@ impl Shared {
             in_flight_max: s.in_flight_max,
             is_seeded: parts.seed.is_some(),
             transactions_block: parts.health.transactions_block_writes,
+            is_in_process: parts.health.durability == Durability::Process
+                && parts.broker.capabilities().durability == Durability::Process,
             name: parts.name,
             broker: parts.broker,
             store: parts.store,
