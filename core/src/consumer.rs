@@ -82,8 +82,8 @@ impl Consumer {
     /// When going on could be wrong: a store that is damaged or foreign, an adapter that breaks its contract. An outage
     /// is no error: it waits.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
-        // The engine yields by itself; tokio's budget for one task is made for smaller ones.
         let bell = Arc::<Bell>::default();
+        // The engine yields by itself; tokio's budget for one task is made for smaller ones.
         tokio::task::unconstrained(bell.listen(drive(self.shared, shutdown, &bell))).await
     }
 }

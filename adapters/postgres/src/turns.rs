@@ -115,8 +115,7 @@ impl Turns {
         let has_room = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
         let is_fresh = line.uses < USES_MAX && line.taken.elapsed() < KEPT_FOR_MAX;
         // Behind a pooler a connection that waits would keep a server from others.
-        let is_chained = depth(&line.connection) == 1;
-        if !is_chained || !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
+        if !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
             return;
         }
         // What is asked for a second time is worth preparing.

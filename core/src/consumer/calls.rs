@@ -124,7 +124,7 @@ impl Shared {
                     // Those that stand alone keep nobody back: their records may be locked by somebody's transaction.
                     if aside.is_none() && ranges.iter().all(|range| range.len() == 1) {
                         aside = coalescer.step_aside();
-                        self.let_next_leave();
+                        self.let_another_leave();
                     }
                     if !self.pause(&mut waits).await {
                         give_up(&batch, ranges.drain(..));
@@ -213,7 +213,7 @@ impl Shared {
             if *next_waits && !out_of_reach {
                 *next_waits = false;
                 self.settles.returned();
-                self.let_next_leave();
+                self.let_another_leave();
             }
             if !self.pause(&mut waits).await {
                 return open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));
@@ -222,7 +222,7 @@ impl Shared {
     }
 
     /// The next batch of this kind may leave, though this one goes on: the engine looks for it when it has polled the calls.
-    fn let_next_leave(&self) {
+    fn let_another_leave(&self) {
         self.another_may_leave.store(true, Ordering::Relaxed);
     }
 
@@ -266,7 +266,7 @@ impl Shared {
             open = failed;
             if std::mem::take(&mut next_waits) {
                 self.publishes.returned();
-                self.let_next_leave();
+                self.let_another_leave();
             }
             if !open.is_empty() && !self.pause(&mut waits).await {
                 open.drain(..).for_each(|index| batch.answer(index, [Err(GivenUp::Stopped)]));

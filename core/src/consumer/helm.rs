@@ -2,7 +2,8 @@
 //!
 //! The task is what store, broker and clock wake. A runner that drives what follows from its handlers' ends need not wake
 //! the task, and takes what that starts without being woken: where events follow one another that is most of their cost.
-//! Nobody waits for the wheel: a runner that finds it taken wakes lives as always, the task is woken when it is free.
+//! Who drives waits for nobody: a runner that finds the wheel taken wakes lives as always, the task is woken when it is free.
+//! Only a drain's beginning and the end wait, for the poll that is under way.
 //! Handlers are never polled at it, so that one that blocks stops nothing else.
 //!
 //! Tokio keeps the task that was woken last for the thread that woke it, where no other thread can take it. So a runner
@@ -276,6 +277,19 @@ mod tests {
         Helm::new(&Arc::default(), |_| Fake(poll))
     }
 
+    /// A helm whose engine only counts how often it is polled.
+    fn counting() -> (Helm<impl Drive>, Arc<AtomicUsize>) {
+        let polls = Arc::new(AtomicUsize::new(0));
+        let helm = helm({
+            let polls = Arc::clone(&polls);
+            move |_, _| {
+                polls.fetch_add(1, Ordering::SeqCst);
+                Driven::Answered
+            }
+        });
+        (helm, polls)
+    }
+
     impl<E: Drive> Helm<E> {
         /// Runs as a task that listens to its bell.
         pub(in super::super) fn spawn(self) -> tokio::task::JoinHandle<()> {
@@ -375,14 +389,7 @@ mod tests {
 
     #[test]
     fn nobody_drives_what_has_ended() {
-        let polls = Arc::new(AtomicUsize::new(0));
-        let helm = helm({
-            let polls = Arc::clone(&polls);
-            move |_, _| {
-                polls.fetch_add(1, Ordering::SeqCst);
-                Driven::Answered
-            }
-        });
+        let (helm, polls) = counting();
         let wheel = Arc::clone(&helm.0);
         let mut told = 0;
         wheel.tell_and_drive(Some(0), || told += 1);
@@ -395,14 +402,7 @@ mod tests {
     /// A consumer whose future is not polled any more renews no leases: it is not to claim either.
     #[test]
     fn no_runner_drives_while_the_task_is_woken_and_not_polled() {
-        let polls = Arc::new(AtomicUsize::new(0));
-        let helm = helm({
-            let polls = Arc::clone(&polls);
-            move |_, _| {
-                polls.fetch_add(1, Ordering::SeqCst);
-                Driven::Answered
-            }
-        });
+        let (helm, polls) = counting();
         let polls = || polls.load(Ordering::SeqCst);
         let mut cx = Context::from_waker(Waker::noop());
         assert!(helm.0.poll(&mut cx).is_pending());

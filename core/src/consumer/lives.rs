@@ -116,7 +116,9 @@ impl<F: Future<Output = ()>, T> Lives<F, T> {
             self.round.sort_unstable();
         }
         let mut round = self.round.drain(..);
-        while let Some(index) = if stops() { None } else { round.next() } {
+        while !stops()
+            && let Some(index) = round.next()
+        {
             polls += 1;
             let slot = &mut self.slots[index];
             // Cleared before the poll: a wake during it queues the slot again.

@@ -424,6 +424,14 @@ mod tests {
         assert_eq!(idle, 2);
     }
 
+    /// Drives from a task, since what wakes the test itself is no task and has no place in line.
+    async fn until_it_returns(helm: Helm<impl Drive>, run: &Run) {
+        let task = helm.spawn();
+        let finish = std::future::poll_fn(|cx| run.poll_finish(cx)).await;
+        assert!(matches!(finish, Finish::Returned(_)), "{finish:?}");
+        task.abort();
+    }
+
     /// The first handler of a runner ends; the drive that follows does `drive` and hands over one that blocks. It ends only
     /// if whoever was woken by that came to run: it is next in line on the runner's thread, where nobody else can take it.
     async fn blocks_behind(
@@ -444,11 +452,7 @@ mod tests {
             }
             Driven::Answered
         });
-        // A task, since what wakes the test itself is no task and has no place in line.
-        let task = helm.spawn();
-        let finish = std::future::poll_fn(|cx| run.poll_finish(cx)).await;
-        assert!(matches!(finish, Finish::Returned(_)), "{finish:?}");
-        task.abort();
+        until_it_returns(helm, &run).await;
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -486,10 +490,7 @@ mod tests {
             }
             Driven::Answered
         });
-        let task = helm.spawn();
-        let finish = std::future::poll_fn(|cx| run.poll_finish(cx)).await;
-        assert!(matches!(finish, Finish::Returned(_)), "{finish:?}");
-        task.abort();
+        until_it_returns(helm, &run).await;
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
