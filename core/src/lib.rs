@@ -85,6 +85,7 @@ mod secret;
 mod service;
 mod settings;
 mod shutdown;
+mod standby;
 mod stepping;
 mod store;
 mod trace;

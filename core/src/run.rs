@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::event::Ended;
 use crate::message::Message;
 use crate::publisher::Outgoing;
+use crate::standby::{Next, Standby};
 use crate::store::Lease;
 
 /// Why a handler is to stop.
@@ -29,6 +30,9 @@ pub enum Stop {
     Timeout,
 }
 
+const PASSED: u8 = 1;
+const KEPT: u8 = 2;
+
 /// One run of a handler: what its context shows, and how the runtime stops it.
 pub(crate) struct Run {
     pub(crate) consumer: Arc<str>,
@@ -38,6 +42,10 @@ pub(crate) struct Run {
     timeout: Duration,
     /// Whether it is to run as a batch of its own.
     is_alone: bool,
+    /// Whose claims its commit may take along.
+    standby: Option<Arc<Standby>>,
+    /// Whether its permit went along with a claim ([`PASSED`]), or cannot any more ([`KEPT`]).
+    permit: AtomicU8,
     /// How many events its batch has; 0 before there is one.
     company: AtomicUsize,
     leads: AtomicBool,
@@ -66,6 +74,8 @@ impl Run {
             crashes,
             timeout,
             is_alone: false,
+            standby: None,
+            permit: AtomicU8::new(0),
             company: AtomicUsize::new(0),
             leads: AtomicBool::new(false),
             begun: OnceLock::new(),
@@ -81,6 +91,27 @@ impl Run {
     /// Its batch is to have no other event, if so.
     pub(crate) fn alone(self, is_alone: bool) -> Self {
         Self { is_alone, ..self }
+    }
+
+    /// Its commit takes along the claim of who waits first.
+    pub(crate) fn before(self, standby: Option<Arc<Standby>>) -> Self {
+        Self { standby, ..self }
+    }
+
+    /// The claim to take along with its commit.
+    pub(crate) fn next(&self) -> Option<(&Standby, Next)> {
+        let standby = self.standby.as_deref()?;
+        Some((standby, standby.take()?))
+    }
+
+    /// Its permit goes to another; false where its life has given that back already.
+    pub(crate) fn pass_permit(&self) -> bool {
+        self.permit.compare_exchange(0, PASSED, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Whether its permit went to another; if not, it cannot any more.
+    pub(crate) fn has_passed_permit(&self) -> bool {
+        self.permit.swap(KEPT, Ordering::SeqCst) == PASSED
     }
 
     pub(crate) fn is_alone(&self) -> bool {

@@ -141,6 +141,25 @@ pub trait TransactionalStore: ProcessedStore + Clone {
         }
         Ok(answers)
     }
+
+    /// [`record_and_commit`](Self::record_and_commit), and with it the claim of the event that runs next: for stores that can
+    /// write both in one transaction, and say so by [`StoreHealth::claims_at_commit`]. Without a lease in the answer it was
+    /// not claimed, for whatever reason, and is asked for by [`claim`](ProcessedStore::claim).
+    ///
+    /// # Contract
+    /// - Grants only an event without a record, and only where it commits, as [`claim`](ProcessedStore::claim) would
+    ///   (`a_commit_claims_the_next_event`).
+    /// - What has a record stays as it is, and the commit takes place (`a_commit_claims_nothing_that_has_a_record`).
+    /// - After any error, or where this is dropped, the claim may have been made: it is asked for again with its token.
+    async fn commit_and_claim(
+        &self,
+        lent: Self::Lent,
+        batch: &[(Lease, Outcome)],
+        _next: &ClaimRequest,
+        _lease: Duration,
+    ) -> Result<(Vec<Recorded>, Option<Lease>)> {
+        Ok((self.record_and_commit(lent, batch).await?, None))
+    }
 }
 
 /// Looking into a store and tidying it: for operators, not for the runtime.
@@ -401,6 +420,8 @@ pub struct StoreHealth {
     pub transactions_max: Option<usize>,
     /// Whether an open transaction blocks claims, renewals and records of others.
     pub transactions_block_writes: bool,
+    /// Whether the commit of a transaction can claim the event that runs next, by [`TransactionalStore::commit_and_claim`].
+    pub claims_at_commit: bool,
     /// Records kept now, where that is cheap to know.
     pub records: Option<u64>,
     /// Most records it will keep; it refuses more.
@@ -420,6 +441,7 @@ impl StoreHealth {
             loses_on_failover: false,
             transactions_max: None,
             transactions_block_writes: false,
+            claims_at_commit: false,
             records: None,
             records_max: None,
             trouble: None,

@@ -33,6 +33,7 @@ mod routing;
 mod script;
 mod settings;
 mod shutdown;
+mod standby;
 mod transactions;
 mod two_versions;
 mod versions;

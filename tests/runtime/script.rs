@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -39,6 +39,8 @@ pub(crate) enum Fault {
     HangAfter,
     /// It takes place once the gate is open.
     Gate(Arc<Semaphore>),
+    /// The same, and its answer is lost.
+    GateAndLose(Arc<Semaphore>),
 }
 
 /// What the calls of one process meet, by verb.
@@ -51,6 +53,10 @@ struct Scene {
     /// Records that somebody else's transaction locks.
     locked: Mutex<Vec<EventKey>>,
     frozen: AtomicBool,
+    /// Whether a commit claims the next event.
+    claims_at_commit: AtomicBool,
+    /// Calls of that verb.
+    claims: AtomicUsize,
     waker: AtomicWaker,
 }
 
@@ -79,6 +85,16 @@ impl Script {
             true if batch.len() > 1 => Err(Error::new(ErrorKind::Rejected, "record")),
             true => Err(Error::new(ErrorKind::Unavailable, "record")),
         }
+    }
+
+    /// From now on the store says that its commits claim the next event, and they do.
+    pub(crate) fn claims_at_commit(&self) {
+        self.0.claims_at_commit.store(true, Ordering::SeqCst);
+    }
+
+    /// How often the store was asked for events by a call of its own.
+    pub(crate) fn claims(&self) -> usize {
+        self.0.claims.load(Ordering::SeqCst)
     }
 
     /// Whether every fault was met.
@@ -117,6 +133,11 @@ impl Script {
             Some(Fault::Gate(gate)) => {
                 gate.acquire().await.expect("gates are not closed").forget();
                 call.await
+            }
+            Some(Fault::GateAndLose(gate)) => {
+                gate.acquire().await.expect("gates are not closed").forget();
+                call.await?;
+                Err(Error::new(ErrorKind::Unknown, verb))
             }
         }
     }
@@ -198,6 +219,7 @@ impl<T: ProcessedStore> ProcessedStore for Scripted<T> {
     }
 
     async fn claim(&self, batch: &[ClaimRequest], lease: Duration) -> Result<Vec<Claim>> {
+        self.script.0.claims.fetch_add(1, Ordering::SeqCst);
         self.script.around("claim", self.inner.claim(batch, lease)).await
     }
 
@@ -211,7 +233,14 @@ impl<T: ProcessedStore> ProcessedStore for Scripted<T> {
     }
 
     async fn probe(&self) -> Result<StoreHealth> {
-        self.script.around("probe", self.inner.probe()).await
+        let mut health = self.script.around("probe", self.inner.probe()).await?;
+        if self.script.0.claims_at_commit.load(Ordering::SeqCst) {
+            health.claims_at_commit = true;
+            // A file has one transaction at a time; the runtime is to behave as before a server.
+            health.transactions_block_writes = false;
+            health.transactions_max = None;
+        }
+        Ok(health)
     }
 }
 
@@ -230,6 +259,27 @@ impl<T: TransactionalStore> TransactionalStore for Scripted<T> {
 
     async fn commit(&self, lent: T::Lent) -> Result<()> {
         self.script.around("commit", self.inner.commit(lent)).await
+    }
+
+    /// Not in one transaction: nothing here dies between the two.
+    async fn commit_and_claim(
+        &self,
+        lent: T::Lent,
+        batch: &[(Lease, Outcome)],
+        next: &ClaimRequest,
+        lease: Duration,
+    ) -> Result<(Vec<Recorded>, Option<Lease>)> {
+        let both = async {
+            let answers = self.inner.record_and_commit(lent, batch).await?;
+            let is_committed = answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished));
+            let claim = if is_committed { self.inner.claim(&[*next], lease).await?.pop() } else { None };
+            let granted = claim.and_then(|claim| match claim {
+                Claim::Granted(lease, None) => Some(lease),
+                _ => None,
+            });
+            Ok((answers, granted))
+        };
+        self.script.around("commit-and-claim", both).await
     }
 }
 

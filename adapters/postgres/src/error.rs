@@ -133,6 +133,11 @@ impl Fault {
         code.is_some_and(|code| code != code::NO_TRANSACTION && !code.starts_with("08") && !code.starts_with("57P"))
     }
 
+    /// Whether it is about the transaction's own state: aborted, read-only, not there.
+    pub(crate) fn is_of_transaction(&self) -> bool {
+        self.code.as_deref().is_some_and(|code| code.starts_with("25"))
+    }
+
     /// Whether the connection is lost or ended, whoever says so.
     pub(crate) fn is_of_connection(&self) -> bool {
         self.code.as_deref().is_none_or(|code| code.starts_with("08") || code.starts_with("57P"))

@@ -33,6 +33,7 @@ pub(crate) async fn probe(store: &PostgresStore) -> Result<StoreHealth, Fault> {
     let mut health = StoreHealth::new("postgres", row.try_get::<&str, _>(0)?, durability);
     // Replicas are there, and a commit does not wait for them.
     health.loses_on_failover = row.try_get(5)? && (no_standby || matches!(commit, "off" | "local"));
+    health.claims_at_commit = true;
     health.transactions_max = Some(store.pool().options().get_max_connections() as usize);
     health.records = row.try_get::<Option<i64>, _>(8)?.and_then(|records| u64::try_from(records).ok());
     let behind: Option<i64> = row.try_get(7)?;

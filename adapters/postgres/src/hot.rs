@@ -16,7 +16,7 @@ pub(crate) enum Form {
 }
 
 /// Places of values in the texts of `sql/`, and the types of the parameters that they become.
-const PARAMETERS: [(&str, &str); 14] = [
+const PARAMETERS: [(&str, &str); 17] = [
     ("'{{keys}}'", "uuid[]"),
     ("'{{consumers}}'", "integer[]"),
     ("'{{fingerprints}}'", "uuid[]"),
@@ -31,6 +31,9 @@ const PARAMETERS: [(&str, &str); 14] = [
     ("{consumer}", "integer"),
     ("{fence}", "bigint"),
     ("'{mark}'", "text"),
+    ("{next}", "uuid"),
+    ("{fingerprint}", "uuid"),
+    ("{token}", "uuid"),
 ];
 
 /// A statement in both forms.

@@ -6,7 +6,7 @@ use hapax::{ClaimRequest, ConsumerId, EventKey, Lease, Outcome, Status, Trouble}
 
 use crate::hot::{Form, Hot};
 use crate::schema::SCHEMA_VERSION;
-use crate::template::{Schema, Template, list, number, text, uuid};
+use crate::template::{Schema, Template, list, number, quoted, text, uuid};
 
 /// How a record is found.
 pub(crate) type Id = (EventKey, ConsumerId);
@@ -26,6 +26,9 @@ const MICROS_MAX: i64 = 100_000_000_000_000_000;
 /// A batch that can be halved waits for a lock this part of the time that an item alone does: each half that holds the
 /// locked record waits again, while its neighbours' leases run.
 const HALVED_PART: i64 = 8;
+
+/// How long a commit waits for another's claim of the event that it is to claim.
+const NEXT_LOCK_MAX_MS: i64 = 100;
 
 /// The number of a status in the column `state`.
 pub(crate) const fn state_number(status: Status) -> i16 {
@@ -74,6 +77,13 @@ pub(crate) enum Readiness {
     /// It is to be prepared.
     Missing,
     Prepared,
+}
+
+/// The claim that a commit takes along.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next<'a> {
+    pub(crate) request: &'a ClaimRequest,
+    pub(crate) lease: Duration,
 }
 
 /// Every message of one store.
@@ -245,14 +255,14 @@ impl Statements {
         format!("ROLLBACK; BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL hapax.tx = '{mark}'")
     }
 
-    /// Marks one event as processed in the handler's transaction that bears `mark`, and commits. The savepoint keeps what
-    /// the handler wrote where it cannot be marked. Chained, since sqlx believes a transaction to be open until it ends it
-    /// itself.
-    pub(crate) fn finish(&self, held: &Lease, mark: u64, readiness: Readiness) -> String {
-        let (lock, statement) = (self.lock_timeout, self.statement_timeout);
-        let mut out = format!(
-            "SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; "
-        );
+    /// Marks one event as processed in the handler's transaction that bears `mark`, claims the `next`, and commits. The
+    /// savepoint keeps what the handler wrote where it cannot be marked. Chained, since sqlx believes a transaction to be
+    /// open until it ends it itself.
+    pub(crate) fn finish(&self, held: &Lease, next: Option<Next<'_>>, mark: u64, readiness: Readiness) -> String {
+        // With a claim it waits for nobody long: others may wait for what this transaction holds, and without the claim it
+        // can be tried again. Shorter than the server's `deadlock_timeout`, so that nobody else is made to fail.
+        let lock_timeout = if next.is_some() { self.lock_timeout.min(NEXT_LOCK_MAX_MS) } else { self.lock_timeout };
+        let mut out = format!("SAVEPOINT hapax_mark; SET LOCAL lock_timeout = {lock_timeout}; ");
         let form = match readiness {
             Readiness::NotAsked => Form::Text,
             Readiness::Unknown => {
@@ -276,9 +286,20 @@ impl Statements {
             "key" => uuid(out, held.key.0),
             "consumer" => number(out, consumer_number(held.consumer)),
             "fence" => number(out, fence(held)),
-            _ => out.push_str(&mark.to_string()),
+            "mark" => out.push_str(&mark.to_string()),
+            "lease" => number(out, next.map_or(0, |next| micros(next.lease))),
+            hole => match (hole, next.map(|next| next.request)) {
+                ("next", Some(request)) => quoted(out, request.key.0),
+                ("fingerprint", Some(request)) => quoted(out, request.fingerprint.0),
+                (_, Some(request)) => quoted(out, request.token.to_be_bytes()),
+                (_, None) => out.push_str("NULL"),
+            },
         });
         out.push_str(if is_kept { "; SET LOCAL enable_seqscan TO DEFAULT" } else { "" });
+        if lock_timeout < self.lock_timeout {
+            // For the user's deferred triggers.
+            out.push_str(&format!("; SET LOCAL lock_timeout = {}", self.lock_timeout));
+        }
         out.push_str("; COMMIT AND CHAIN");
         out
     }

@@ -120,6 +120,13 @@ pub(crate) fn uuid(out: &mut String, bytes: [u8; 16]) {
     hex(out, &bytes);
 }
 
+/// A `uuid` that may as well be `NULL`.
+pub(crate) fn quoted(out: &mut String, bytes: [u8; 16]) {
+    out.push('\'');
+    uuid(out, bytes);
+    out.push('\'');
+}
+
 /// A whole number.
 pub(crate) fn number(out: &mut String, number: i64) {
     // Writing to a text cannot fail.

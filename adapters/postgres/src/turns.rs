@@ -25,12 +25,10 @@ use crate::statements::Readiness;
 const TURN_MAX: Duration = Duration::from_secs(30);
 /// Connections of the pool that handlers leave for claims, renewals and records.
 const LEFT: u32 = 2;
-/// The pool has a connection back after so many transactions,
-const USES_MAX: u32 = 64;
-/// after so long,
-const KEPT_FOR_MAX: Duration = Duration::from_secs(1);
+/// The pool has a connection back after so long,
+const KEPT_FOR_MAX: Duration = Duration::from_secs(10);
 /// and where no handler wants it.
-const IDLE_MAX: Duration = Duration::from_millis(20);
+const IDLE_MAX: Duration = Duration::from_millis(100);
 
 /// The turns of one store, for all its clones.
 pub(crate) struct Turns {
@@ -50,13 +48,13 @@ pub(crate) struct Line {
     pub(crate) readiness: Readiness,
     taken: Instant,
     used: Instant,
-    uses: u32,
+    is_kept: bool,
 }
 
 impl Line {
     /// Whether it comes from another handler, and the pool has not looked at it since.
     pub(crate) fn is_kept(&self) -> bool {
-        self.uses > 0
+        self.is_kept
     }
 }
 
@@ -99,7 +97,9 @@ impl Turns {
         let acquired = timeout(ACQUIRE_MAX, self.lines.pool().acquire()).await;
         let connection = acquired.map_err(|_| sqlx::Error::PoolTimedOut)??;
         let now = Instant::now();
-        Ok((Line { connection, readiness: Readiness::NotAsked, taken: now, used: now, uses: 0 }, turn))
+        // What is asked for once is not worth preparing.
+        let readiness = if self.keeps() { Readiness::Unknown } else { Readiness::NotAsked };
+        Ok((Line { connection, readiness, taken: now, used: now, is_kept: false }, turn))
     }
 
     /// Gives back what is kept: one of them was dead, and the pool looks at the others.
@@ -110,22 +110,22 @@ impl Turns {
     /// Takes a connection back on which nothing is open or under way.
     pub(crate) fn give_back(self: &Arc<Self>, mut line: Line) {
         line.used = Instant::now();
-        line.uses += 1;
+        line.is_kept = true;
         let pool = self.lines.pool();
         let has_room = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
-        let is_fresh = line.uses < USES_MAX && line.taken.elapsed() < KEPT_FOR_MAX;
-        // Behind a pooler a connection that waits would keep a server from others.
-        if !self.reuses || !self.lines.prepares() || !has_room || !is_fresh || pool.is_closed() {
+        let is_fresh = line.taken.elapsed() < KEPT_FOR_MAX;
+        if !self.keeps() || !has_room || !is_fresh || pool.is_closed() {
             return;
-        }
-        // What is asked for a second time is worth preparing.
-        if line.readiness == Readiness::NotAsked {
-            line.readiness = Readiness::Unknown;
         }
         self.kept().push(line);
         if !self.is_tidied.swap(true, Ordering::SeqCst) {
             self.lines.runtime().spawn(Arc::clone(self).tidy());
         }
+    }
+
+    /// Whether one connection serves several handlers. Behind a pooler, one that waits would keep a server from others.
+    fn keeps(&self) -> bool {
+        self.reuses && self.lines.prepares()
     }
 
     /// Gives back what no handler wants, until nothing is kept.

@@ -3,12 +3,13 @@
 //! Each has a connection of the pool to itself, so they run beside one another and beside claims and renewals. Whether
 //! the handler ended the transaction by itself is told by a setting that lives as long as the transaction does.
 
+use std::num::NonZeroU64;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hapax::{ErrorKind, Lease, Outcome, Recorded};
+use hapax::{ClaimRequest, ErrorKind, Lease, Outcome, Recorded};
 use sqlx::postgres::{PgRow, PgTransactionManager};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, Row, SqlSafeStr, Transaction};
 use sqlx_core::transaction::TransactionManager;
@@ -18,7 +19,7 @@ use tokio::time::timeout;
 use crate::error::{Fault, code};
 use crate::line::{Replies, ask_into, ask_on};
 use crate::outcomes::{self, Desk, ended_by_handler};
-use crate::statements::{Readiness, Statements};
+use crate::statements::{Next, Readiness, Statements};
 use crate::turns::{Line, Turns, depth};
 
 /// How long a handler that has returned may still keep its transaction (in a task that it started).
@@ -247,32 +248,40 @@ impl PgLent {
         }
     }
 
-    /// One event's mark and the commit in one message; what is more than that, in several.
+    /// One event's mark, the next one's claim and the commit in one message; what is more than that in several, without the
+    /// claim.
     pub(crate) async fn record_and_commit(
         mut self,
         statements: &Statements,
         batch: &[(Lease, Outcome)],
-    ) -> Result<Vec<Recorded>, Fault> {
-        if let [(lease, Outcome::Processed)] = batch
-            && self.finish(statements, lease).await?
-        {
-            return Ok(vec![Recorded::Done]);
+        next: Option<Next<'_>>,
+    ) -> Result<(Vec<Recorded>, Option<Lease>), Fault> {
+        if let [(lease, Outcome::Processed)] = batch {
+            let next = next.filter(|next| next.request.consumer == lease.consumer && next.request.reopen.is_none());
+            if let Some(claimed) = self.finish(statements, lease, next).await? {
+                return Ok((vec![Recorded::Done], claimed));
+            }
         }
         let answers = self.record(statements, batch).await?;
         if answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
             self.commit().await.map_err(Fault::at_last_commit)?;
         }
-        Ok(answers)
+        Ok((answers, None))
     }
 
-    /// Marks one event as processed and commits; false where it could not be marked, and then the transaction stands as
-    /// the handler left it.
-    async fn finish(&mut self, statements: &Statements, lease: &Lease) -> Result<bool, Fault> {
+    /// Marks one event as processed, claims the next if it can be, and commits; `None` where that could not be done, and
+    /// then the transaction stands as the handler left it.
+    async fn finish(
+        &mut self,
+        statements: &Statements,
+        lease: &Lease,
+        next: Option<Next<'_>>,
+    ) -> Result<Option<Option<Lease>>, Fault> {
         let deadline = self.deadline;
         let late = || Fault::new(ErrorKind::Unknown, format!("no answer within {deadline:?}"));
         let held = self.held().await?;
         let Some(line) = &mut held.line else { return Err(lost()) };
-        let finish = statements.finish(lease, held.mark, line.readiness);
+        let finish = statements.finish(lease, next, held.mark, line.readiness);
         held.stands = Stands::Unknown;
         let mut replies = Replies::new();
         let asked =
@@ -280,7 +289,7 @@ impl PgLent {
         let Err(fault) = asked else {
             held.stands = Stands::Committed;
             line.readiness = ready_after(line.readiness, &replies);
-            return Ok(true);
+            return Ok(Some(next.and_then(|next| granted(next.request, &replies))));
         };
         if fault.leaves_transaction() {
             held.stands = Stands::Open;
@@ -293,7 +302,12 @@ impl PgLent {
         if fault.has_code(code::NO_TRANSACTION) {
             return Err(ended_by_handler());
         }
-        if !fault.has_code(code::DIVISION_BY_ZERO) && !fault.is_of_preparing() {
+        // Whatever the claim of the next one ran into is no reason to undo this one: another process claims it now, or did so
+        // behind this transaction's snapshot. A handler's own `statement_timeout` does not hold for hapax either.
+        let is_tried_again = next.is_some() && fault.leaves_transaction() && !fault.is_of_transaction()
+            || [code::DIVISION_BY_ZERO, code::QUERY_CANCELED].iter().any(|code| fault.has_code(code))
+            || fault.is_of_preparing();
+        if !is_tried_again {
             return Err(fault.in_transaction());
         }
         // What was prepared stays so, whatever became of the transaction, and a handler can let go of it.
@@ -309,8 +323,15 @@ impl PgLent {
             held.stands = Stands::Open;
         }
         back.map_err(Fault::in_transaction)?;
-        Ok(false)
+        Ok(None)
     }
+}
+
+/// The lease of the claim that a commit took along, if it was granted.
+fn granted(request: &ClaimRequest, replies: &Replies) -> Option<Lease> {
+    let fence = replies.iter().flatten().find_map(|row| row.try_get::<Option<i64>, _>("fence").ok().flatten())?;
+    let fence = NonZeroU64::new(u64::try_from(fence).ok()?)?;
+    Some(Lease { consumer: request.consumer, key: request.key, fence, attempt: 1 })
 }
 
 /// What is known of a connection's prepared statement after it was used.

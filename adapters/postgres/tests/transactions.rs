@@ -662,3 +662,124 @@ async fn queries_run_on_the_transaction_by_reference() {
     assert_eq!(one(tx).await.unwrap(), 1);
     drop(lent);
 }
+
+/// Somebody else's claim of the next event is under way: this commit does without it, and nothing of it is undone.
+#[tokio::test]
+async fn a_commit_whose_next_event_is_being_claimed_takes_place() {
+    let place = Place::fresh().await;
+    for reuses in [false, true] {
+        let builder = place.builder().lock_timeout(Duration::from_millis(200)).reuse_connections(reuses);
+        let store = builder.connect().await.unwrap();
+        let consumer = store.open("billing", RETENTION).await.unwrap();
+        let first = if reuses { 10 } else { 0 };
+        for n in first..first + 4 {
+            let held = lease(&store, consumer, n).await;
+            let mut other = place.owner.begin().await.unwrap();
+            let next = request(consumer, n + 100, 1);
+            let insert = format!(
+                "INSERT INTO {}.hapax_record (key, consumer, state, time, fence, attempt, crashes, fingerprint) \
+                 VALUES ('{}', {}, 0, 0, 1, 1, 0, '{}')",
+                place.schema,
+                next.key.to_hex(),
+                consumer.0,
+                key(1).to_hex()
+            );
+            sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *other).await.unwrap();
+            let row = format!("row {n}");
+            let lent = written(&place, &store, &row).await;
+            let answer = store.commit_and_claim(lent, &[(held, Outcome::Processed)], &next, LEASE).await;
+            assert_eq!(answer.unwrap(), (vec![Recorded::Done], None));
+            assert!(place.rows().await.contains(&row));
+            other.rollback().await.unwrap();
+            // Whoever is not kept away any more has it.
+            assert!(matches!(claim(&store, consumer, n + 100, 1).await, Claim::Granted(..)));
+        }
+        no_transaction_stays_open(&place).await;
+    }
+}
+
+/// Claims that travel with a commit keep above the fences of what was removed, on connections that are kept too.
+#[tokio::test]
+async fn a_claim_with_a_commit_has_a_fence_above_what_was_removed() {
+    let place = Place::fresh().await;
+    let store = place.builder().reuse_connections(true).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let floor = 1_u64 << 52;
+    let mut held = lease(&store, consumer, 0).await;
+    run(&place.owner, &format!("UPDATE {}.hapax_meta SET value = {floor} WHERE name = 'fence_floor'", place.schema))
+        .await;
+    for n in 1..12 {
+        let lent = written(&place, &store, "row").await;
+        let next = request(consumer, n, 1);
+        let answer = store.commit_and_claim(lent, &[(held, Outcome::Processed)], &next, LEASE).await.unwrap();
+        assert_eq!(answer.0, [Recorded::Done]);
+        held = answer.1.expect("nobody knows it yet");
+        assert!(held.fence.get() > floor);
+        assert_eq!(store.renew(&[held], LEASE).await.unwrap(), [Renewal::Renewed]);
+    }
+}
+
+/// What a handler chose for its transaction, a short limit or a snapshot that stands still, is no reason to undo it for the
+/// sake of the next event, which another has claimed or is claiming.
+#[tokio::test]
+async fn a_commit_takes_place_whatever_its_handler_set() {
+    let place = Place::fresh().await;
+    let store = place.builder().reuse_connections(true).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    for (n, set) in [
+        (0, "SET LOCAL statement_timeout = '50ms'"),
+        (1, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"),
+        (2, "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"),
+    ] {
+        let (held, next) = (lease(&store, consumer, n).await, request(consumer, n + 100, 1));
+        let (mut tx, lent) = store.begin().await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *tx).await.unwrap();
+        place.write(&mut tx, set).await;
+        drop(tx);
+        let mut other = place.owner.begin().await.unwrap();
+        let insert = format!(
+            "INSERT INTO {}.hapax_record (key, consumer, state, time, fence, attempt, crashes, fingerprint) \
+             SELECT '{}', consumer, 0, 0, 1, 1, 0, fingerprint FROM {0}.hapax_record WHERE key = '{}'",
+            place.schema,
+            next.key.to_hex(),
+            held.key.to_hex()
+        );
+        sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *other).await.unwrap();
+        let other = if n == 0 {
+            Some(other)
+        } else {
+            other.commit().await.unwrap();
+            None
+        };
+        let answer = store.commit_and_claim(lent, &[(held, Outcome::Processed)], &next, LEASE).await;
+        assert_eq!(answer.expect(set), (vec![Recorded::Done], None), "{set}");
+        assert!(place.rows().await.contains(&set.to_owned()));
+        drop(other);
+    }
+    no_transaction_stays_open(&place).await;
+}
+
+/// A claim that somebody else inserts and does not commit keeps back no other event of its batch.
+#[tokio::test]
+async fn an_event_that_is_being_claimed_keeps_no_other_back() {
+    let place = Place::fresh().await;
+    let store = place.builder().lock_timeout(Duration::from_millis(100)).connect().await.unwrap();
+    let consumer = store.open("billing", RETENTION).await.unwrap();
+    let batch: Vec<_> = (0..8).map(|n| request(consumer, n, 1)).collect();
+    let mut other = place.owner.begin().await.unwrap();
+    let insert = format!(
+        "INSERT INTO {}.hapax_record (key, consumer, state, time, fence, attempt, crashes, fingerprint) \
+         VALUES ('{}', {}, 0, 0, 1, 1, 0, '{}')",
+        place.schema,
+        batch[3].key.to_hex(),
+        consumer.0,
+        key(1).to_hex()
+    );
+    sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut *other).await.unwrap();
+    let refused = store.claim(&batch, LEASE).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Rejected, "to be halved: {refused}");
+    let alone = store.claim(&batch[3..4], LEASE).await.unwrap_err();
+    assert_eq!(alone.kind(), ErrorKind::Unavailable, "alone it is asked for again: {alone}");
+    other.rollback().await.unwrap();
+    assert!(store.claim(&batch, LEASE).await.unwrap().iter().all(|claim| matches!(claim, Claim::Granted(..))));
+}

@@ -24,7 +24,7 @@ use crate::event::Ended;
 use crate::handler::{Failure, FailureKind};
 use crate::observer::{Duplicate, Observed};
 use crate::run::{Run, Stop};
-use crate::store::{History, Lease, Outcome, Recorded, Trouble};
+use crate::store::{Claim, History, Lease, Outcome, Recorded, Trouble};
 
 /// What a life does next.
 enum Step<'a> {
@@ -65,13 +65,18 @@ pub(super) async fn life(p: Arc<Shared>, delivery: Delivery) {
     let mut request = p.request(&event, &delivery);
     let mut polls = Polls::default();
     let mut alone = None;
+    // Only what has no record can be claimed by another's commit.
+    let mut unseen = request.reopen.is_none();
     loop {
         // Waits come before the claim, so that no claim waits: only what can run is claimed.
-        let mut place = p.admit(&delivery, &event).await;
-        if place.is_none() {
-            return p.give_back(&delivery).await;
-        }
-        let mut step = match p.claims.call(request).await {
+        let mut place = p.admit(&delivery, &event, unseen.then_some(&request)).await;
+        unseen = false;
+        let Some(admitted) = &mut place else { return p.give_back(&delivery).await };
+        let claimed = match admitted.granted.take() {
+            Some(granted) => Ok((Claim::Granted(granted.0, None), granted.1)),
+            None => p.claims.call(request).await,
+        };
+        let mut step = match claimed {
             Ok((claim, sent)) => match verdict::after_claim(claim, p.retry(&event).attempts(), &p.bounds) {
                 Answer::Run(lease, history) => {
                     let grant = Grant { lease, history, sent, place: place.take() };
@@ -166,7 +171,7 @@ impl Shared {
     }
 
     /// A granted claim: handler, record, and what is to be settled.
-    async fn run<'a>(&'a self, delivery: &Delivery, event: &mut Event, grant: Grant<'_>) -> Step<'a> {
+    async fn run<'a>(&'a self, delivery: &Delivery, event: &mut Event, mut grant: Grant<'_>) -> Step<'a> {
         let lease = grant.lease;
         if let Some(trouble) = event.uncommitted(lease) {
             let after = self.retry(event).delay(lease.attempt, "", self.chance());
@@ -198,6 +203,11 @@ impl Shared {
             }
         };
         self.report(grant.place.as_ref(), &end);
+        if run.has_passed_permit()
+            && let Some(place) = &mut grant.place
+        {
+            place.pass_permit();
+        }
         match end {
             End::Handler(Ended::Effect) => {
                 // What the handler published goes out before the record says processed: sent twice it is a duplicate
@@ -433,7 +443,7 @@ impl Shared {
         if !info.transactional && !info.batched {
             run.begin(now);
         }
-        run
+        run.before(self.standby.clone())
     }
 
     /// How many deliveries wait, for the share of in_flight that they may fill.

@@ -29,6 +29,7 @@ use crate::observer::{Observed, Observer, Side};
 use crate::publisher::Publisher;
 use crate::retry::RetryPolicy;
 use crate::settings::{Order, Settings};
+use crate::standby::Standby;
 use crate::stepping::Stepper;
 use crate::store::{ConsumerId, ProcessedStore};
 
@@ -106,7 +107,9 @@ pub(super) struct Shared {
     pub(super) keepalive: Keepalive,
     pub(super) switch: Switch,
     pub(super) copies: Copies,
-    pub(super) permits: Semaphore,
+    pub(super) permits: Arc<Semaphore>,
+    /// Who waits for a permit, where a commit can claim for them.
+    pub(super) standby: Option<Arc<Standby>>,
     pub(super) batches: Batches,
     pub(super) transactions: Arc<Semaphore>,
     pub(super) transaction_budget: Semaphore,
@@ -150,7 +153,10 @@ impl Shared {
             waits_in_place: parts.order == Order::PerKey && !parts.capabilities.retry_keeps_order,
             retry_max: parts.capabilities.retry_max,
         };
+        let permits = Arc::new(Semaphore::new(s.concurrency));
+        let standby = || Arc::new(Standby::new(s.lease, Arc::clone(&permits)));
         Self {
+            standby: parts.health.claims_at_commit.then(standby),
             claims: Coalescer::new(s.batch_max),
             records: Coalescer::new(s.batch_max),
             settles: Coalescer::new(s.batch_max),
@@ -159,7 +165,7 @@ impl Shared {
             keepalive: Keepalive::new(s.lease, parts.health.transactions_block_writes),
             switch: Switch::new(switch),
             copies: Copies::default(),
-            permits: Semaphore::new(s.concurrency),
+            permits,
             batches: Batches::new(&parts.routes, &parts.infos, s.batch_max),
             transactions: Arc::new(Semaphore::new(transactions)),
             transaction_budget: Semaphore::new(TRANSACTION_BUDGET as usize),
@@ -240,6 +246,7 @@ impl Shared {
     pub(super) fn drain(&self) {
         self.draining.cancel();
         self.permits.close();
+        self.standby.iter().for_each(|standby| standby.close());
         self.transaction_budget.close();
         self.keepalive.announce_shutdown();
     }

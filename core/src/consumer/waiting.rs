@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::SemaphorePermit;
+use tokio::time::Instant;
 
 use super::copies::Turn;
 use super::reading::Event;
@@ -16,7 +17,8 @@ use super::switch::Pass;
 use super::verdict;
 use super::verdict::Delay;
 use crate::broker::Delivery;
-use crate::store::EventKey;
+use crate::standby::{Answer, Granted, Passed};
+use crate::store::{ClaimRequest, EventKey, Lease};
 
 /// How long a copy stays at the broker when too many wait here.
 pub(super) const CROWDED: Duration = Duration::from_secs(1);
@@ -27,8 +29,35 @@ pub(super) const TRANSACTION_BUDGET: u32 = 64;
 /// The right to claim: a permit for the handler, and the kill switch's pass.
 pub(super) struct Place<'a> {
     pub(super) pass: Pass<'a>,
-    _permit: SemaphorePermit<'a>,
+    /// What another's commit claimed meanwhile.
+    pub(super) granted: Option<Box<(Lease, Instant)>>,
+    permit: Option<Permit<'a>>,
     _budget: Option<SemaphorePermit<'a>>,
+}
+
+/// A permit for the handler: of its own, or that of the handler whose commit claimed.
+enum Permit<'a> {
+    Own(SemaphorePermit<'a>),
+    Passed(Passed),
+}
+
+impl Place<'_> {
+    /// The permit went to another.
+    pub(super) fn pass_permit(&mut self) {
+        match self.permit.take() {
+            Some(Permit::Own(permit)) => permit.forget(),
+            Some(Permit::Passed(permit)) => permit.forget(),
+            None => {}
+        }
+    }
+}
+
+/// How waiting for a permit ended.
+struct Waited<'a> {
+    permit: Option<Permit<'a>>,
+    granted: Option<Box<(Lease, Instant)>>,
+    /// A commit may have claimed it.
+    is_unknown: bool,
 }
 
 /// The answer to waiting for a key's turn.
@@ -99,9 +128,14 @@ impl Shared {
         self.unless_over(delivery, turn).await.map_or(Turned::Over, Turned::Yours)
     }
 
-    /// Waits until this delivery may be claimed: the kill switch lets it pass and a handler's permit is free. `None`
-    /// when nothing may be started any more.
-    pub(super) async fn admit(&self, delivery: &Delivery, event: &Event) -> Option<Place<'_>> {
+    /// Waits until this delivery may be claimed: the kill switch lets it pass and a handler's permit is free. Meanwhile the
+    /// commit of another's handler may claim `next` for it. `None` when nothing may be started any more.
+    pub(super) async fn admit(
+        &self,
+        delivery: &Delivery,
+        event: &Event,
+        next: Option<&ClaimRequest>,
+    ) -> Option<Place<'_>> {
         loop {
             let pass = match self.switch.try_pass() {
                 Some(pass) => pass,
@@ -115,29 +149,57 @@ impl Shared {
                 }
                 None => None,
             };
-            let permit = match self.permits.try_acquire() {
-                Ok(permit) => permit,
-                Err(_) => self.permit(delivery).await?,
+            let Waited { permit, granted, is_unknown } = match self.permits.try_acquire() {
+                Ok(permit) => Waited { permit: Some(Permit::Own(permit)), granted: None, is_unknown: false },
+                // A probe is to be the only one.
+                Err(_) => self.permit(delivery, next.filter(|_| !pass.is_probe())).await,
             };
-            if self.is_draining() || !delivery.session.is_live() {
-                return None;
+            // What is claimed goes on, or may be: where nothing is started any more, its claim is given back.
+            if granted.is_none() && !is_unknown {
+                if permit.is_none() || self.is_draining() || !delivery.session.is_live() {
+                    return None;
+                }
+                // It may have opened while this one waited for its permit.
+                if !pass.is_probe() && self.switch.is_open() {
+                    continue;
+                }
             }
-            // It may have opened while this one waited for its permit.
-            if pass.is_probe() || !self.switch.is_open() {
-                return Some(Place { pass, _permit: permit, _budget: budget });
-            }
+            return Some(Place { pass, granted, permit, _budget: budget });
         }
     }
 
     /// Waits for a handler's permit. There are none when the consumer drains.
-    fn permit<'d, 'a: 'd>(&'a self, delivery: &'d Delivery) -> Rare<'d, Option<SemaphorePermit<'a>>> {
+    fn permit<'d, 'a: 'd>(&'a self, delivery: &'d Delivery, next: Option<&ClaimRequest>) -> Rare<'d, Waited<'a>> {
+        let next = next.copied().filter(|_| !self.switch.is_open());
+        let waiting = self.standby.as_ref().map(|standby| standby.wait(next));
         Box::pin(async move {
-            tokio::select! {
+            let Some(mut waiting) = waiting else {
+                let permit = tokio::select! {
+                    biased;
+                    permit = self.permits.acquire() => permit.ok(),
+                    () = delivery.session.not_live() => None,
+                };
+                return Waited { permit: permit.map(Permit::Own), granted: None, is_unknown: false };
+            };
+            let own = tokio::select! {
                 biased;
+                granted = waiting.granted() => return self.waited(None, granted),
                 permit = self.permits.acquire() => permit.ok(),
                 () = delivery.session.not_live() => None,
+            };
+            match waiting.end().await {
+                Answer::Granted(granted) => self.waited(own, granted),
+                Answer::NotAsked => Waited { permit: own.map(Permit::Own), granted: None, is_unknown: false },
+                Answer::Unknown => Waited { permit: own.map(Permit::Own), granted: None, is_unknown: true },
             }
         })
+    }
+
+    /// A grant has the permit that came with it, or the life's own.
+    fn waited<'a>(&'a self, own: Option<SemaphorePermit<'a>>, granted: Granted) -> Waited<'a> {
+        let Granted { lease, asked, permit } = granted;
+        let permit = permit.map(Permit::Passed).or(own.map(Permit::Own));
+        Waited { permit, granted: Some(Box::new((lease, asked))), is_unknown: false }
     }
 
     /// On a store with one transaction at a time, claims wait for their turn with the lease running: as many are claimed

@@ -90,7 +90,19 @@ where
         return Ended::Recorded(Recorded::Fenced);
     }
     run.committing();
-    match store.record_and_commit(lent, &[(run.lease, Outcome::Processed)]).await {
+    let marks = [(run.lease, Outcome::Processed)];
+    let committed = match run.next() {
+        None => store.record_and_commit(lent, &marks).await,
+        Some((standby, next)) => {
+            let asked = Instant::now();
+            let committed = store.commit_and_claim(lent, &marks, &next.request, standby.lease()).await;
+            committed.map(|(answers, granted)| {
+                standby.answer(next, granted.map(|lease| (lease, asked)), || run.pass_permit());
+                answers
+            })
+        }
+    };
+    match committed {
         // Not done, another holds the event or this very lease's effects are committed already: these are rolled back.
         Ok(answers) => match answers.first() {
             Some(answer) => Ended::Recorded(*answer),

@@ -85,6 +85,12 @@ enum Wrong {
     CommitsOnDrop,
     /// Commits at once, whatever the marks were answered.
     CommitsWhatIsFenced,
+    /// Claims the next event although nothing was committed.
+    ClaimsWithoutCommit,
+    /// Claims at a commit what has a record.
+    ClaimsWhatIsKnown,
+    /// Says that it claims at a commit, and does not.
+    ClaimsNothing,
 }
 
 const STORE: Table<Wrong, WrongRecords> = Table {
@@ -130,7 +136,10 @@ const TRANSACTIONS: Table<Wrong, WrongTransactions> = Table {
         (Wrong::CommitsOnDrop, &["a_rolled_back_transaction_leaves_nothing", "a_fenced_transaction_leaves_nothing"]),
         (Wrong::UnfencedRecord, &["a_fenced_transaction_leaves_nothing", "many_marks_commit_together"]),
         (Wrong::MarksSome, &["many_marks_commit_together"]),
-        (Wrong::CommitsWhatIsFenced, &["recording_and_committing_at_once_is_both"]),
+        (Wrong::CommitsWhatIsFenced, &["recording_and_committing_at_once_is_both", "a_commit_claims_the_next_event"]),
+        (Wrong::ClaimsWithoutCommit, &["a_commit_claims_the_next_event"]),
+        (Wrong::ClaimsWhatIsKnown, &["a_commit_claims_nothing_that_has_a_record"]),
+        (Wrong::ClaimsNothing, &["a_commit_claims_the_next_event"]),
     ],
     cases: transactions::cases,
     fixture: |wrong| WrongTransactions(WrongRecords(WrongStore::with(wrong))),
@@ -337,7 +346,9 @@ impl ProcessedStore for WrongStore {
     }
 
     async fn probe(&self) -> Result<StoreHealth> {
-        Ok(StoreHealth::new("wrong", "0", Durability::Process))
+        let mut health = StoreHealth::new("wrong", "0", Durability::Process);
+        health.claims_at_commit = true;
+        Ok(health)
     }
 }
 
@@ -454,6 +465,26 @@ impl TransactionalStore for WrongStore {
             self.commit(lent).await?;
         }
         Ok(answers)
+    }
+
+    async fn commit_and_claim(
+        &self,
+        lent: Lent,
+        batch: &[(Lease, Outcome)],
+        next: &ClaimRequest,
+        lease: Duration,
+    ) -> Result<(Vec<Recorded>, Option<Lease>)> {
+        let answers = self.record_and_commit(lent, batch).await?;
+        let is_committed = answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished));
+        let is_known = self.table().slots.get(&next.key).is_some_and(Option::is_some);
+        let claims = match self.wrong {
+            Wrong::ClaimsWithoutCommit => !is_known,
+            Wrong::ClaimsWhatIsKnown => is_committed,
+            Wrong::ClaimsNothing => false,
+            _ => is_committed && !is_known,
+        };
+        let claim = if claims { self.claim(&[*next], lease).await?.pop() } else { None };
+        Ok((answers, claim.and_then(|claim| if let Claim::Granted(lease, _) = claim { Some(lease) } else { None })))
     }
 }
 

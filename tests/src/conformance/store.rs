@@ -120,13 +120,13 @@ impl Desk {
         }
     }
 
-    async fn ask(&self, request: ClaimRequest) -> Claim {
+    pub(super) async fn ask(&self, request: ClaimRequest) -> Claim {
         let mut answers = self.store.claim(&[request], self.lease).await.expect("the store answers a claim");
         assert_eq!(answers.len(), 1, "one answer for each item");
         answers.remove(0)
     }
 
-    async fn claim(&self, id: &str) -> Claim {
+    pub(super) async fn claim(&self, id: &str) -> Claim {
         self.ask(self.request(id)).await
     }
 

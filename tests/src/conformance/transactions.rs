@@ -5,7 +5,7 @@
 //! clause.
 
 use async_trait::async_trait;
-use hapax::{Outcome, ProcessedStore, Recorded, Status, TransactionalStore};
+use hapax::{Claim, Outcome, ProcessedStore, Recorded, Status, TransactionalStore};
 
 use super::store::{CONSUMER, Desk, StoreFixture, failed, key};
 use std::num::NonZeroU64;
@@ -39,6 +39,8 @@ macro_rules! transactional_cases {
             a_fenced_transaction_leaves_nothing
             many_marks_commit_together
             recording_and_committing_at_once_is_both
+            a_commit_claims_the_next_event
+            a_commit_claims_nothing_that_has_a_record
         }
     };
 }
@@ -202,4 +204,65 @@ pub async fn recording_and_committing_at_once_is_both<F: TransactionalFixture>(f
     {
         assert_eq!(status(fixture, id).await, Some(wanted), "of event {id}");
     }
+}
+
+/// A claim that travels with a commit is one like any other: it holds, its token is granted the same again, and it ends with
+/// its outcome. Without the commit there is none. A store that makes no such claims commits all the same.
+pub async fn a_commit_claims_the_next_event<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let claims = store.probe().await.expect("the store answers").claims_at_commit;
+    let desk = desk::<F>(&store).await;
+    let zombie = desk.granted("1").await;
+    fixture.pass(F::UNIT * 11).await;
+    let holder = desk.granted("1").await;
+    let done = |lease| [(lease, Outcome::Processed)];
+    let next = desk.request("2");
+    let lent = written(fixture, &store, "by the zombie").await;
+    let answer = store.commit_and_claim(lent, &done(zombie), &next, F::UNIT * 10).await.expect("the store answers");
+    assert_eq!(answer, (vec![Recorded::Fenced], None));
+    assert_eq!(status(fixture, "2").await, None, "nothing was committed, so nothing was claimed");
+    let lent = written(fixture, &store, "kept").await;
+    let (answers, granted) =
+        store.commit_and_claim(lent, &done(holder), &next, F::UNIT * 10).await.expect("the outcome is recorded");
+    assert_eq!(answers, [Recorded::Done]);
+    assert_eq!(fixture.rows().await, ["kept"]);
+    assert_eq!(granted.is_some(), claims, "what the store says of itself");
+    let Some(lease) = granted else { return };
+    assert_eq!((lease.consumer, lease.key, lease.attempt), (next.consumer, next.key, 1));
+    assert!(matches!(desk.claim("2").await, Claim::Held { .. }), "another asks");
+    assert_eq!(desk.ask(next).await, Claim::Granted(lease, None), "its own token asks");
+    assert_eq!(desk.record(lease, Outcome::Processed).await, Recorded::Done);
+    // Nobody ran it: its claim counts as any other's.
+    let (fourth, next) = (desk.granted("4").await, desk.request("5"));
+    let lent = written(fixture, &store, "of 4").await;
+    let (_, granted) =
+        store.commit_and_claim(lent, &done(fourth), &next, F::UNIT * 10).await.expect("the outcome is recorded");
+    let lease = granted.expect("it claims at a commit");
+    fixture.pass(F::UNIT * 11).await;
+    match desk.claim("5").await {
+        Claim::Granted(after, Some(history)) => {
+            assert!(after.fence > lease.fence, "fences grow");
+            assert_eq!((after.attempt, history.crashes), (2, 1));
+        }
+        other => panic!("its lease is over: {other:?}"),
+    }
+}
+
+/// What is known already, in whatever state, is left as it is, and the commit takes place.
+pub async fn a_commit_claims_nothing_that_has_a_record<F: TransactionalFixture>(fixture: &F) {
+    let store = fixture.transactional().await;
+    let desk = desk::<F>(&store).await;
+    let (held, over, waiting) = (desk.granted("held").await, desk.granted("over").await, desk.granted("waiting").await);
+    assert_eq!(desk.record(over, Outcome::Processed).await, Recorded::Done);
+    assert_eq!(desk.record(waiting, failed(Duration::ZERO, true)).await, Recorded::Done);
+    for (id, wanted) in [("held", Status::Claimed), ("over", Status::Processed), ("waiting", Status::Waiting)] {
+        let lease = desk.granted(&format!("beside {id}")).await;
+        let lent = written(fixture, &store, id).await;
+        let answer =
+            store.commit_and_claim(lent, &[(lease, Outcome::Processed)], &desk.request(id), F::UNIT * 10).await;
+        assert_eq!(answer.expect("the outcome is recorded"), (vec![Recorded::Done], None), "of {id}");
+        assert_eq!(status(fixture, id).await, Some(wanted), "of {id}");
+    }
+    assert_eq!(fixture.rows().await, ["held", "over", "waiting"]);
+    assert_eq!(desk.record(held, Outcome::Processed).await, Recorded::Done, "its holder holds it");
 }

@@ -197,7 +197,9 @@ impl ProcessedStore for WorkerStore {
     }
 
     async fn probe(&self) -> Result<StoreHealth> {
-        self.calls.probe().await
+        let mut health = self.calls.probe().await?;
+        health.claims_at_commit = true;
+        Ok(health)
     }
 }
 
@@ -239,6 +241,27 @@ impl TransactionalStore for WorkerStore {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Unavailable, "commit").because("could not serialise: rolled back"))
+    }
+
+    /// The claim follows the commit; what fails between the two is an answer that was lost.
+    async fn commit_and_claim(
+        &self,
+        lent: Lent,
+        batch: &[(Lease, Outcome)],
+        next: &ClaimRequest,
+        lease: Duration,
+    ) -> Result<(Vec<Recorded>, Option<Lease>)> {
+        let answers = self.record_and_commit(lent, batch).await?;
+        if !answers.iter().all(|answer| matches!(answer, Recorded::Done | Recorded::Vanished)) {
+            return Ok((answers, None));
+        }
+        let claims = self.calls.claim(&[*next], lease).await;
+        let claims = claims.map_err(|error| Error::new(ErrorKind::Unknown, "commit").because(error.to_string()))?;
+        let granted = claims.into_iter().find_map(|claim| match claim {
+            Claim::Granted(lease, None) => Some(lease),
+            _ => None,
+        });
+        Ok((answers, granted))
     }
 }
 
