@@ -110,19 +110,13 @@ impl Standby {
         drop(next.answer.send(granted));
     }
 
-    /// No claim of those that wait now is taken along: they are to look again before they claim.
-    pub(crate) fn clear(&self) {
-        for (_, next) in &mut self.lock().waiting {
-            if let Some(next) = next.take() {
-                drop(next.answer.send(None));
-            }
-        }
-    }
-
     /// No claim is taken along any more.
     pub(crate) fn close(&self) {
-        self.lock().is_closed = true;
-        self.clear();
+        let mut queue = self.lock();
+        queue.is_closed = true;
+        for next in queue.waiting.iter_mut().filter_map(|(_, next)| next.take()) {
+            drop(next.answer.send(None));
+        }
     }
 
     /// Whether this one was still here.
@@ -227,7 +221,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_taken_and_not_answered_is_unknown_and_what_is_cleared_was_not_asked() {
+    async fn what_was_taken_and_not_answered_is_unknown_and_what_was_not_taken_was_not_asked() {
         let (_, standby) = standby();
         let (first, second, third) =
             (standby.wait(Some(request(1))), standby.wait(Some(request(2))), standby.wait(Some(request(3))));

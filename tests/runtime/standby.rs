@@ -131,7 +131,8 @@ async fn what_a_commit_claimed_for_a_consumer_that_stops_is_given_back() {
     }
 }
 
-/// An outage of what handlers depend on: who waits for a permit waits for the switch, whatever commits meanwhile.
+/// An outage of what handlers depend on: the permit of the one that failed takes those that wait to the switch, one after the
+/// other, whatever commits meanwhile.
 #[tokio::test]
 async fn an_open_switch_lets_nobody_be_claimed_by_a_commit() {
     static STARTS: AtomicUsize = AtomicUsize::new(0);

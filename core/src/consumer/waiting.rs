@@ -170,8 +170,7 @@ impl Shared {
 
     /// Waits for a handler's permit. There are none when the consumer drains.
     fn permit<'d, 'a: 'd>(&'a self, delivery: &'d Delivery, next: Option<&ClaimRequest>) -> Rare<'d, Waited<'a>> {
-        let next = next.copied().filter(|_| !self.switch.is_open());
-        let waiting = self.standby.as_ref().map(|standby| standby.wait(next));
+        let waiting = self.standby.as_ref().map(|standby| standby.wait(next.copied()));
         Box::pin(async move {
             let Some(mut waiting) = waiting else {
                 let permit = tokio::select! {
