@@ -98,9 +98,9 @@ impl Run {
         Self { standby, ..self }
     }
 
-    /// The claim to take along with its commit.
+    /// The claim to take along with its commit; none where its life has given it up.
     pub(crate) fn next(&self) -> Option<(&Standby, Next)> {
-        let standby = self.standby.as_deref()?;
+        let standby = self.standby.as_deref().filter(|_| self.permit.load(Ordering::SeqCst) == 0)?;
         Some((standby, standby.take()?))
     }
 

@@ -20,8 +20,10 @@ pub(crate) struct Standby {
 }
 
 struct Queue {
+    /// By ascending numbers.
     waiting: VecDeque<(u64, Option<Next>)>,
     numbers: u64,
+    is_paused: bool,
     is_closed: bool,
 }
 
@@ -78,7 +80,7 @@ pub(crate) enum Answer {
 
 impl Standby {
     pub(crate) fn new(lease: Duration, permits: Arc<Semaphore>) -> Self {
-        let queue = Queue { waiting: VecDeque::new(), numbers: 0, is_closed: false };
+        let queue = Queue { waiting: VecDeque::new(), numbers: 0, is_paused: false, is_closed: false };
         Self { lease, permits, queue: Mutex::new(queue) }
     }
 
@@ -97,9 +99,16 @@ impl Standby {
         Waiting { standby: self, number, answer, is_unknown: false }
     }
 
-    /// The claim of the first that waits, if it has one to be taken along.
+    /// The claim of the first that waits, if it has one to be taken along. If not, the permit is to be given back: then
+    /// the first that waits has it.
     pub(crate) fn take(&self) -> Option<Next> {
-        self.lock().waiting.pop_front()?.1
+        let mut queue = self.lock();
+        if queue.is_paused { None } else { queue.waiting.pop_front()?.1 }
+    }
+
+    /// While it is paused no claim is taken along.
+    pub(crate) fn pause(&self, is_paused: bool) {
+        self.lock().is_paused = is_paused;
     }
 
     /// Answers for a claim that was taken along and committed; `passes` says that the handler's permit goes with it.
@@ -122,9 +131,16 @@ impl Standby {
     /// Whether this one was still here.
     fn withdraw(&self, number: u64) -> bool {
         let mut queue = self.lock();
-        // Permits come in this order: it is the first, nearly always.
-        let place = queue.waiting.iter().position(|(waiting, _)| *waiting == number);
-        place.and_then(|place| queue.waiting.remove(place)).is_some()
+        let place = queue.waiting.binary_search_by_key(&number, |(waiting, _)| *waiting);
+        place.is_ok_and(|place| queue.waiting.remove(place).is_some())
+    }
+
+    /// Back to its place, with nothing to be taken along: it waits for a permit, and one that is given back is for it.
+    fn stay(&self, number: u64) {
+        let mut queue = self.lock();
+        if let Err(place) = queue.waiting.binary_search_by_key(&number, |(waiting, _)| *waiting) {
+            queue.waiting.insert(place, (number, None));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -150,17 +166,15 @@ impl Waiting<'_> {
                 Ok(None) => {}
                 Err(_) => self.is_unknown = true,
             }
+            self.standby.stay(self.number);
         }
         std::future::pending().await
     }
 
     /// Ends the wait. A commit that has taken the claim along is waited for, but not for longer than the claim would be worth.
     pub(crate) async fn end(mut self) -> Answer {
-        if self.is_unknown {
-            return Answer::Unknown;
-        }
         if self.standby.withdraw(self.number) {
-            return Answer::NotAsked;
+            return if self.is_unknown { Answer::Unknown } else { Answer::NotAsked };
         }
         let Some(answer) = self.answer.take() else { return Answer::NotAsked };
         match timeout(self.standby.lease / 3, answer).await {
@@ -179,6 +193,8 @@ impl Drop for Waiting<'_> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::store::{ConsumerId, EventKey, Fingerprint};
 
@@ -236,6 +252,28 @@ mod tests {
         let late = standby.wait(Some(request(4)));
         assert!(standby.take().is_none(), "closed");
         drop(late);
+    }
+
+    /// The others do not go on without it, from one commit to the next.
+    #[tokio::test]
+    async fn who_was_taken_along_for_nothing_is_the_first_again() {
+        let (_, standby) = standby();
+        let (mut first, _second) = (standby.wait(Some(request(1))), standby.wait(Some(request(2))));
+        let next = standby.take().expect("two wait");
+        standby.answer(next, None, || true);
+        assert!(first.granted().now_or_never().is_none());
+        assert!(standby.take().is_none(), "the permit is the first one's");
+        assert_eq!(standby.take().map(|next| next.request), Some(request(2)));
+    }
+
+    #[test]
+    fn while_it_is_paused_nobody_is_taken_along() {
+        let (_, standby) = standby();
+        let _waiting = standby.wait(Some(request(1)));
+        standby.pause(true);
+        assert!(standby.take().is_none());
+        standby.pause(false);
+        assert!(standby.take().is_some());
     }
 
     /// Nobody hears of the grant any more: the permit is not lost with it.

@@ -15,6 +15,7 @@ pub(crate) mod code {
     pub(crate) const QUERY_CANCELED: &str = "57014";
     pub(crate) const NO_TRANSACTION: &str = "25P01";
     pub(crate) const IDLE_IN_TRANSACTION: &str = "25P03";
+    pub(crate) const UNKNOWN_SAVEPOINT: &str = "3B001";
     pub(crate) const UNDEFINED_TABLE: &str = "42P01";
     pub(crate) const UNDEFINED_COLUMN: &str = "42703";
     pub(crate) const INVALID_SCHEMA: &str = "3F000";

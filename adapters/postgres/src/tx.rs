@@ -322,8 +322,12 @@ impl PgLent {
         if back.as_ref().map_or_else(Fault::leaves_transaction, |_| true) {
             held.stands = Stands::Open;
         }
-        back.map_err(Fault::in_transaction)?;
-        Ok(None)
+        match back {
+            Ok(_) => Ok(None),
+            // The message had not been sent: the error is that of a statement that the handler left behind.
+            Err(back) if back.has_code(code::UNKNOWN_SAVEPOINT) => Err(fault.in_transaction()),
+            Err(back) => Err(back.in_transaction()),
+        }
     }
 }
 

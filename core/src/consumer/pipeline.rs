@@ -443,7 +443,8 @@ impl Shared {
         if !info.transactional && !info.batched {
             run.begin(now);
         }
-        run.before(self.standby.clone())
+        let may_pass = grant.place.as_ref().is_some_and(Place::has_permit);
+        run.before(self.standby.clone().filter(|_| may_pass))
     }
 
     /// How many deliveries wait, for the share of in_flight that they may fill.

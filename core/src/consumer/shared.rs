@@ -154,9 +154,11 @@ impl Shared {
             retry_max: parts.capabilities.retry_max,
         };
         let permits = Arc::new(Semaphore::new(s.concurrency));
+        // Batches claim for themselves.
+        let may_claim = parts.infos.iter().any(|info| info.transactional && !info.batched);
         let standby = || Arc::new(Standby::new(s.lease, Arc::clone(&permits)));
         Self {
-            standby: parts.health.claims_at_commit.then(standby),
+            standby: (parts.health.claims_at_commit && may_claim).then(standby),
             claims: Coalescer::new(s.batch_max),
             records: Coalescer::new(s.batch_max),
             settles: Coalescer::new(s.batch_max),

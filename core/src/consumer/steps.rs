@@ -128,6 +128,8 @@ impl Shared {
     pub(super) fn report(&self, place: Option<&Place<'_>>, end: &End) {
         let changed = place.zip(verdict::for_switch(end)).and_then(|(place, result)| place.pass.report(result));
         if let Some(open) = changed {
+            // Who waits for a permit is to wait for the switch first.
+            self.standby.iter().for_each(|standby| standby.pause(open));
             self.view.vitals.switch(open);
             self.observe(&Observed::Switch { open });
         }

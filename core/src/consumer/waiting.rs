@@ -42,6 +42,10 @@ enum Permit<'a> {
 }
 
 impl Place<'_> {
+    pub(super) fn has_permit(&self) -> bool {
+        self.permit.is_some()
+    }
+
     /// The permit went to another.
     pub(super) fn pass_permit(&mut self) {
         match self.permit.take() {
