@@ -1,7 +1,7 @@
 //! Claims that travel with a commit. Who waits for a handler's permit leaves its claim here. A handler whose transaction is
 //! about to commit takes the first along: claimed at the moment at which the other ends, in the same transaction, at no round
-//! trip and no write to the disk of its own. With the claim goes the handler's permit, so that at no time more events are
-//! claimed than handlers may run.
+//! trip and no write to the disk of its own. With the claim goes the handler's permit, so that no more events are claimed
+//! than handlers may run; but for one whose commit failed, until that is recorded.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -7,23 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hapax::{Context, ErrorKind, Failure, Message, Status, StoreAdmin};
-use hapax_sqlite::{SqliteTx, sqlx};
+use hapax::{Context, ErrorKind, Failure, Message, Status};
+use hapax_sqlite::SqliteTx;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::rig::key;
 use crate::script::Fault;
-use crate::transactions::Ground;
-
-const WAIT_MAX: Duration = Duration::from_secs(20);
-
-async fn effect(_: Arc<Message>, mut tx: SqliteTx, cx: Context<()>) -> Result<(), Failure> {
-    let id = cx.message().attributes.id.as_deref().unwrap_or_default();
-    let insert = sqlx::query("INSERT INTO effects VALUES (?, ?)").bind(id).bind(i64::from(cx.attempt()));
-    insert.execute(&mut *tx).await?;
-    Ok(())
-}
+use crate::transactions::{Ground, WAIT_MAX, effect};
 
 async fn ground() -> Ground {
     let ground = Ground::new().await;
@@ -123,9 +113,8 @@ async fn what_a_commit_claimed_for_a_consumer_that_stops_is_given_back() {
         sleep(Duration::from_millis(50)).await;
         gate.add_permits(1);
         timeout(WAIT_MAX, first.stop()).await.expect("it stops");
-        let status =
-            async |id: &str| ground.store.look_up("billing", key("billing", id)).await.unwrap().map(|it| it.status);
-        assert_eq!((status("0").await, status("1").await), (Some(Status::Processed), Some(Status::Waiting)));
+        assert_eq!(ground.status("0").await, Some(Status::Processed));
+        assert_eq!(ground.status("1").await, Some(Status::Waiting));
         let _second = ground.start(|c| c.on_any_tx(effect).concurrency(1)).await;
         are_done(&ground, 2).await;
     }

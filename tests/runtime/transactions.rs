@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::rig::{Process, Rig, event, key};
 use crate::script::{self, Fault, Script, Scripted};
 
-const WAIT_MAX: Duration = Duration::from_secs(20);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(20);
 
 /// A file that is removed at the end, and the rig's broker beside it.
 pub(crate) struct Ground {
@@ -54,7 +54,7 @@ impl Ground {
         sqlx::query_as(all).fetch_all(self.store.pool()).await.unwrap()
     }
 
-    async fn status(&self, id: &str) -> Option<Status> {
+    pub(crate) async fn status(&self, id: &str) -> Option<Status> {
         self.store.look_up("billing", key("billing", id)).await.unwrap().map(|record| record.status)
     }
 
@@ -82,7 +82,7 @@ async fn write(tx: &mut SqliteTx, cx: &Context<()>) -> Result<(), sqlx::Error> {
     insert.execute(&mut **tx).await.map(drop)
 }
 
-async fn effect(_: Arc<Message>, mut tx: SqliteTx, cx: Context<()>) -> Result<(), Failure> {
+pub(crate) async fn effect(_: Arc<Message>, mut tx: SqliteTx, cx: Context<()>) -> Result<(), Failure> {
     write(&mut tx, &cx).await?;
     Ok(())
 }

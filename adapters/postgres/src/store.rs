@@ -65,7 +65,8 @@ impl PostgresStoreBuilder {
         Self { lock_timeout, ..self }
     }
 
-    /// How long one statement may run, waiting for locks included; [`STATEMENT_TIMEOUT`].
+    /// How long one statement may run, waiting for locks included; [`STATEMENT_TIMEOUT`]. The mark at a handler's end runs
+    /// under the limit that the handler has, and is tried again under this one.
     pub fn statement_timeout(self, statement_timeout: Duration) -> Self {
         Self { statement_timeout, ..self }
     }
