@@ -8,6 +8,9 @@
 
 use std::sync::{Arc, LazyLock};
 
+use crate::error::Fault;
+use crate::schema::SCHEMA_VERSION;
+
 /// Most keys of one statement.
 pub(crate) const KEYS_MAX: usize = 1024;
 /// Most rows of one statement that binds them one by one.
@@ -56,6 +59,52 @@ impl Ending {
     }
 }
 
+/// Where a statement of `hot.rs` stands in its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It is one, committed in the same crossing.
+    Alone,
+    /// It begins.
+    First,
+    Next,
+}
+
+impl Place {
+    /// A fault of a statement there: what commits may have taken place.
+    pub(crate) fn fault(self, fault: Fault) -> Fault {
+        if self == Self::Alone { fault.at_commit() } else { fault }
+    }
+}
+
+/// One of `hot.rs`, at each place.
+#[derive(Debug)]
+pub(crate) struct Hot {
+    alone: Arc<str>,
+    first: Arc<str>,
+    next: Arc<str>,
+}
+
+impl Hot {
+    /// A single statement is a transaction of its own; each further one would wake who waits for the answer.
+    fn single(sql: String) -> Self {
+        let next: Arc<str> = sql.into();
+        Self { alone: Arc::clone(&next), first: format!("BEGIN IMMEDIATE; {next}").into(), next }
+    }
+
+    fn several(sql: String) -> Self {
+        let first = format!("BEGIN IMMEDIATE; {sql}");
+        Self { alone: format!("{first}; COMMIT").into(), first: first.into(), next: sql.into() }
+    }
+
+    pub(crate) fn sql(&self, place: Place) -> &Arc<str> {
+        match place {
+            Place::Alone => &self.alone,
+            Place::First => &self.first,
+            Place::Next => &self.next,
+        }
+    }
+}
+
 /// Statements on up to so many keys of one consumer: `?1` is the consumer, `?2` the keys, one after the other.
 #[derive(Debug)]
 pub(crate) struct OnKeys {
@@ -72,6 +121,12 @@ pub(crate) struct OnKeys {
     pub(crate) end: Ending,
     /// Takes reopened events off those that ended.
     pub(crate) reopen: Ending,
+    /// As `put`, of events that no table has; changes one row for each of those.
+    pub(crate) claim: Hot,
+    /// Moves events that are claimed to those that were processed: `?3` their fences, of 20 digits each, `?4` the time,
+    /// `?5` how many they are. First changes a row for each event that is claimed under its fence, then, if they were
+    /// all, takes them off those under way.
+    pub(crate) done: Hot,
 }
 
 static ON_KEYS: LazyLock<Vec<OnKeys>> = LazyLock::new(|| {
@@ -109,6 +164,23 @@ impl OnKeys {
             "{cut} INSERT OR REPLACE INTO hapax_record ({columns}) SELECT {common} FROM cut WHERE i <= length(?2); \
              {cut} DELETE FROM hapax_open WHERE {keys}"
         );
+        // No statement of these two may fail half way and go on, so that SQLite need not keep what it would undo.
+        let frame = format!("(SELECT value FROM hapax_meta WHERE name = 'schema') = {SCHEMA_VERSION}");
+        let claim = format!(
+            "{cut} INSERT OR IGNORE INTO hapax_open ({columns}, token, first) \
+             SELECT {common}, substr(?9, i, 16), ?10 FROM cut WHERE i <= length(?2) \
+             AND NOT EXISTS (SELECT 1 FROM hapax_record r WHERE r.consumer = ?1 AND r.key = substr(?2, i, 16)) \
+             AND EXISTS (SELECT 1 FROM hapax_consumer WHERE id = ?1) AND {frame} \
+             AND ?5 > (SELECT value FROM hapax_meta WHERE name = 'fence_floor')"
+        );
+        let done = format!(
+            "{cut} INSERT OR ROLLBACK INTO hapax_record ({columns}) \
+             SELECT o.consumer, o.key, 3, ?4, o.fence, o.attempt, o.crashes, o.fingerprint, NULL, NULL, NULL, NULL \
+             FROM cut CROSS JOIN hapax_open o WHERE i <= length(?2) AND {frame} \
+             AND o.consumer = ?1 AND o.key = substr(?2, i, 16) AND o.state = 0 \
+             AND o.fence = CAST(substr(?3, (i - 1) / 16 * 20 + 1, 20) AS INTEGER); \
+             {cut} DELETE FROM hapax_open WHERE {keys} AND changes() = ?5"
+        );
         Self {
             begin: format!("BEGIN IMMEDIATE; {FRAME}; {read}").into(),
             frame: format!("{FRAME}; {read}").into(),
@@ -116,6 +188,8 @@ impl OnKeys {
             put: Ending::of(put),
             end: Ending::of(end),
             reopen: Ending::of(format!("{cut} DELETE FROM hapax_record WHERE {keys}")),
+            claim: Hot::single(claim),
+            done: Hot::several(done),
         }
     }
 }

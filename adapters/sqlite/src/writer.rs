@@ -7,17 +7,20 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use hapax::record::Moment;
 use hapax::{Claim, ClaimRequest, ConsumerId, ErrorKind, Lease, Outcome, Recorded, Renewal, Result};
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{ConnectOptions, Connection, SqliteConnection};
+use sqlx::{ConnectOptions, Connection, Executor, SqliteConnection};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::batch::Batch;
 use crate::error::Fault;
-use crate::rows::{Frame, Id, Within, integer};
+use crate::hot::{Claims, Done};
+use crate::rows::{Frame, Id, Statement, Within, integer};
+use crate::statements::Place;
 use crate::store::Clock;
-use crate::sweep::{self, Place, Rolling, Table};
+use crate::sweep::{self, Rolling, Table};
 
 /// Calls that may wait for the writer; further callers wait to be let in.
 pub(crate) const CALLS_MAX: usize = 256;
@@ -33,7 +36,7 @@ pub(crate) enum Call {
     Renew(Vec<Lease>, Duration, Reply<Vec<Renewal>>),
     Record(Vec<(Lease, Outcome)>, Reply<Vec<Recorded>>),
     Open(String, Duration, Reply<ConsumerId>),
-    Sweep(Table, Place, Place, Moment, Reply<u64>),
+    Sweep(Table, sweep::Place, sweep::Place, Moment, Reply<u64>),
     Forget(Id, Reply<bool>),
     Close,
 }
@@ -46,6 +49,10 @@ impl Call {
             Self::Record(batch, ..) => batch.len(),
             _ => 0,
         }
+    }
+
+    fn recorded(&self) -> usize {
+        if let Self::Record(batch, ..) = self { batch.len() } else { 0 }
     }
 
     /// Whether it may share a commit.
@@ -197,64 +204,140 @@ impl Writer {
     }
 
     async fn try_together(&mut self, calls: Vec<Call>) -> std::result::Result<Vec<Answer>, (Vec<Call>, Fault)> {
-        let mut batch = Batch::default();
-        calls.iter().for_each(|call| call.want(&mut batch));
-        if batch.is_empty() {
+        if calls.iter().all(|call| call.items() == 0) {
             return Ok(calls.into_iter().filter_map(empty_answer).collect());
         }
         let lock = Arc::clone(&self.lock);
         let Ok(_permit) = lock.acquire().await else {
             return Err((calls, Fault::new(ErrorKind::Unavailable, "the store is closed")));
         };
-        let frame = match self.begin(&mut batch).await {
-            Ok(frame) => frame,
-            Err(fault) => return Err((calls, fault)),
-        };
-        // The clock is read inside the transaction, so that waiting for the lock does not use up leases.
-        let now = (self.clock)();
-        let mut applied = Vec::with_capacity(calls.len());
-        let mut recorded = 0;
-        for call in &calls {
-            applied.push(match call {
-                Call::Claim(requests, lease, _) => Applied::Claim(batch.claim(requests, *lease, now, frame)),
-                Call::Renew(leases, lease, _) => Applied::Renew(batch.renew(leases, *lease, now, frame)),
-                Call::Record(outcomes, _) => {
-                    recorded += outcomes.len();
-                    Applied::Record(batch.record(outcomes, now, frame))
-                }
-                _ => continue,
-            });
-        }
-        match self.finish(&batch, recorded).await {
-            Ok(()) => Ok(calls.into_iter().zip(applied).filter_map(|(call, applied)| applied.to(call)).collect()),
+        match self.apply(&calls).await {
+            Ok(applied) => Ok(calls.into_iter().zip(applied).filter_map(|(call, applied)| applied?.to(call)).collect()),
             Err(fault) => Err((calls, fault)),
         }
     }
 
-    /// Begins a transaction and reads the batch in one crossing. After a fault the connection is not used again, but
-    /// for the lock of another process, where no transaction was begun.
+    /// One transaction: what `hot.rs` knows first, then the rest.
+    async fn apply(&mut self, calls: &[Call]) -> std::result::Result<Vec<Option<Applied>>, Fault> {
+        let recorded = calls.iter().map(Call::recorded).sum();
+        let sweeps = self.rolling.is_due(recorded);
+        let mut applied: Vec<Option<Applied>> = calls.iter().map(|_| None).collect();
+        let mut open = match self.hot(calls, &mut applied, sweeps).await {
+            // What cannot be there is there: the state machine tells.
+            Err(fault) if fault.kind == ErrorKind::Rejected => None,
+            open => open?,
+        };
+        let mut batch = Batch::default();
+        let rest = || calls.iter().zip(&applied).filter(|(_, applied)| applied.is_none()).map(|(call, _)| call);
+        rest().for_each(|call| call.want(&mut batch));
+        if !batch.is_empty() {
+            let frame = match open {
+                Some(_) => {
+                    let loaded = batch.load(self.connected().await?, Within::Transaction).await;
+                    self.kept(loaded)?
+                }
+                None => self.begin(&mut batch).await?,
+            };
+            // The clock is read inside the transaction, so that waiting for the lock does not use up leases; where claims
+            // of this group were written already, it is that of theirs.
+            let now = *open.get_or_insert_with(|| (self.clock)());
+            for (call, applied) in calls.iter().zip(&mut applied).filter(|(_, applied)| applied.is_none()) {
+                *applied = match call {
+                    Call::Claim(requests, lease, _) => Some(Applied::Claim(batch.claim(requests, *lease, now, frame))),
+                    Call::Renew(leases, lease, _) => Some(Applied::Renew(batch.renew(leases, *lease, now, frame))),
+                    Call::Record(outcomes, _) => Some(Applied::Record(batch.record(outcomes, now, frame))),
+                    _ => None,
+                };
+            }
+        }
+        if open.is_some() {
+            self.finish(&batch, sweeps).await?;
+        }
+        Ok(applied)
+    }
+
+    /// Answers the claims of unknown events and the records of processed ones, if the group has no others; tells the
+    /// moment of the transaction that it leaves open, if it does.
+    async fn hot(
+        &mut self,
+        calls: &[Call],
+        applied: &mut [Option<Applied>],
+        sweeps: bool,
+    ) -> std::result::Result<Option<Moment>, Fault> {
+        let now = (self.clock)();
+        let mut open = None;
+        let place = |items: usize| if calls.len() == 1 && items == 1 && !sweeps { Place::Alone } else { Place::First };
+        if let Some(done) = Done::of(calls) {
+            let place = place(done.len());
+            let written = self.begin_with(|| done.statement(now, place)).await.map_err(|fault| place.fault(fault))?;
+            // Behind the one of BEGIN: the events that were claimed, and those that are not under way any more.
+            if written.get(1..3) == Some(&[done.len() as u64; 2]) {
+                Done::answer(calls, applied);
+                open = (place == Place::First).then_some(now);
+            } else if place == Place::First {
+                let undone = changes(self.connected().await?, sqlx::query("ROLLBACK")).await;
+                self.kept(undone)?;
+                return Ok(None);
+            }
+        }
+        if let Some(claims) = Claims::of(calls, now) {
+            let place = if open.is_some() { Place::Next } else { place(claims.len()) };
+            let written = if place == Place::Next {
+                let written = changes(self.connected().await?, claims.statement(place)).await;
+                self.kept(written)?
+            } else {
+                self.begin_with(|| claims.statement(place)).await.map_err(|fault| place.fault(fault))?
+            };
+            open = (place != Place::Alone).then_some(now);
+            if written.last() == Some(&(claims.len() as u64)) {
+                claims.answer(applied);
+            }
+        }
+        Ok(open)
+    }
+
+    /// Begins a transaction and reads the batch in one crossing.
     async fn begin(&mut self, batch: &mut Batch) -> std::result::Result<Frame, Fault> {
         let mut patience = self.patience;
         loop {
-            let connection = self.connected().await?;
-            let fault = match batch.load(connection, Within::Begin).await {
+            match batch.load(self.connected().await?, Within::Begin).await {
                 Ok(frame) => return Ok(frame),
-                Err(fault) => fault,
-            };
-            if !patience.again(&fault).await {
-                self.connection = None;
-                return Err(fault);
+                Err(fault) => self.wait_after(fault, &mut patience).await?,
             }
         }
     }
 
+    /// Begins a transaction with statements that do so; tells how many rows each changed, that of BEGIN included.
+    async fn begin_with(&mut self, statements: impl Fn() -> Statement) -> std::result::Result<Vec<u64>, Fault> {
+        let mut patience = self.patience;
+        loop {
+            match changes(self.connected().await?, statements()).await {
+                Ok(changes) => return Ok(changes),
+                Err(fault) => self.wait_after(fault, &mut patience).await?,
+            }
+        }
+    }
+
+    /// Waits for the lock of another process, where no transaction was begun; after any other fault the connection is not
+    /// used again.
+    async fn wait_after(&mut self, fault: Fault, patience: &mut Patience) -> std::result::Result<(), Fault> {
+        if patience.again(&fault).await { Ok(()) } else { self.kept(Err(fault)) }
+    }
+
+    /// After a fault inside a transaction the connection is not used again.
+    fn kept<T>(&mut self, done: std::result::Result<T, Fault>) -> std::result::Result<T, Fault> {
+        if done.is_err() {
+            self.connection = None;
+        }
+        done
+    }
+
     /// Writes the batch, removes a bounded number of expired records, and commits.
-    async fn finish(&mut self, batch: &Batch, recorded: usize) -> std::result::Result<(), Fault> {
+    async fn finish(&mut self, batch: &Batch, sweeps: bool) -> std::result::Result<(), Fault> {
         let now = (self.clock)();
         let Some(connection) = &mut self.connection else {
             return Err(Fault::new(ErrorKind::Internal, "no transaction is open"));
         };
-        let sweeps = self.rolling.is_due(recorded);
         let mut done = batch.save(connection, !sweeps).await;
         if sweeps && done.is_ok() {
             // Its failure is told by the probe and does not keep the records from being committed.
@@ -291,7 +374,7 @@ impl Writer {
         let Ok(_permit) = lock.acquire().await else {
             return call.fail(&Fault::new(ErrorKind::Unavailable, "the store is closed"));
         };
-        if let Err(fault) = self.begin_alone().await {
+        if let Err(fault) = self.begin_with(|| sqlx::query("BEGIN IMMEDIATE")).await {
             return call.fail(&fault);
         }
         let Some(mut connection) = self.connection.take() else { return };
@@ -316,19 +399,6 @@ impl Writer {
         }
     }
 
-    async fn begin_alone(&mut self) -> std::result::Result<(), Fault> {
-        let mut patience = self.patience;
-        loop {
-            let connection = self.connected().await?;
-            let Err(error) = sqlx::query("BEGIN IMMEDIATE").execute(connection).await else { return Ok(()) };
-            let fault = Fault::from(error);
-            if !patience.again(&fault).await {
-                self.connection = None;
-                return Err(fault);
-            }
-        }
-    }
-
     /// Answers; a connection on which something failed is closed, which rolls back.
     fn keep<T>(
         &mut self,
@@ -342,7 +412,17 @@ impl Writer {
     }
 }
 
-enum Applied {
+/// How many rows each statement changed.
+async fn changes(connection: &mut SqliteConnection, statements: Statement) -> std::result::Result<Vec<u64>, Fault> {
+    let mut done = connection.fetch_many(statements);
+    let mut changes = Vec::new();
+    while let Some(done) = done.try_next().await? {
+        changes.extend(done.left().map(|done| done.rows_affected()));
+    }
+    Ok(changes)
+}
+
+pub(crate) enum Applied {
     Claim(std::result::Result<Vec<Claim>, Fault>),
     Renew(std::result::Result<Vec<Renewal>, Fault>),
     Record(std::result::Result<Vec<Recorded>, Fault>),

@@ -15,7 +15,7 @@ use crate::rows::{Id, Slot, Statement, bind_keys, integer, is_ended, state_numbe
 use crate::statements::{KEYS_MAX, OnKeys, OnRows, chunks, filled};
 
 /// A record and its place.
-type Entry<'r> = (Id, &'r Record);
+pub(crate) type Entry<'r> = (Id, &'r Record);
 
 /// Fewer rows than these are bound one by one: there is nothing to save.
 const ALIKE_MIN: usize = 2;
@@ -109,11 +109,7 @@ impl Write<'_> {
         match self {
             Self::Reopen(ids) => bind_keys(statement(OnKeys::for_keys(ids.len()).reopen.sql(commits)), ids),
             Self::PutAlike(entries) => {
-                let put = bind_alike(statement(OnKeys::for_keys(entries.len()).put.sql(commits)), entries);
-                let Some((_, first)) = entries.first() else { return put };
-                let held = first.status() != Status::Waiting;
-                let tokens = || entries.iter().flat_map(|(_, record)| record.token.to_be_bytes()).collect::<Vec<u8>>();
-                put.bind(held.then(tokens)).bind(integer(first.first.0))
+                bind_open_alike(statement(OnKeys::for_keys(entries.len()).put.sql(commits)), entries)
             }
             Self::EndAlike(entries) => bind_alike(statement(OnKeys::for_keys(entries.len()).end.sql(commits)), entries),
             Self::Put(entries, size) => {
@@ -157,6 +153,15 @@ fn bind_alike(statement: Statement, entries: &[Entry<'_>]) -> Statement {
     let Some((_, first)) = entries.first() else { return statement };
     let fingerprints: Vec<u8> = entries.iter().flat_map(|(_, record)| record.fingerprint.0).collect();
     bind_counts(statement, first).bind(fingerprints)
+}
+
+/// As `OnKeys::put` takes them.
+pub(crate) fn bind_open_alike(statement: Statement, entries: &[Entry<'_>]) -> Statement {
+    let put = bind_alike(statement, entries);
+    let Some((_, first)) = entries.first() else { return put };
+    let held = first.status() != Status::Waiting;
+    let tokens = || entries.iter().flat_map(|(_, record)| record.token.to_be_bytes()).collect::<Vec<u8>>();
+    put.bind(held.then(tokens)).bind(integer(first.first.0))
 }
 
 fn bind_record(statement: Statement, ((consumer, key), record): Entry<'_>) -> Statement {

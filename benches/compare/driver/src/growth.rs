@@ -33,9 +33,17 @@ pub struct Point {
     pub store_mib: Option<f64>,
 }
 
+impl Point {
+    /// The curve and the line of it on which it lies.
+    pub fn line(&self) -> (String, String) {
+        (self.growth.clone(), self.series.clone())
+    }
+}
+
 pub struct Wish {
     pub names: Vec<String>,
     pub broker: String,
+    pub stores: Vec<String>,
     pub events: u64,
     pub rounds: usize,
     pub remembered_max: u64,
@@ -84,6 +92,12 @@ fn option(name: &str, value: u64) -> [String; 2] {
 }
 
 impl Growth<'_> {
+    /// Those of them that are wanted.
+    fn stores<const N: usize>(&self, of: [&'static str; N]) -> Vec<&'static str> {
+        let wanted = &self.wish.stores;
+        of.into_iter().filter(|store| wanted.is_empty() || wanted.iter().any(|wanted| wanted == store)).collect()
+    }
+
     fn hapax(&self, store: &'static str) -> Contender {
         Contender::hapax(&self.wish.broker, store, if store == "memory" { "L1" } else { "L2" })
     }
@@ -140,7 +154,7 @@ impl Growth<'_> {
     }
 
     async fn remembered(&mut self) -> Result<(), Error> {
-        for store in ["memory", "redis", "postgres", "sqlite"] {
+        for store in self.stores(["memory", "redis", "postgres", "sqlite"]) {
             if let Err(error) = self.remembered_in(store).await {
                 eprintln!("  {store}: {error}");
             }
@@ -190,7 +204,7 @@ impl Growth<'_> {
     }
 
     async fn concurrency(&mut self) -> Result<(), Error> {
-        for store in ["memory", "redis", "postgres", "sqlite"] {
+        for store in self.stores(["memory", "redis", "postgres", "sqlite"]) {
             for concurrency in [1, 4, 16, 64, 256, 1_024] {
                 let contender = Contender { concurrency, ..self.hapax(store) };
                 // One at a time is thousands of round trips.
@@ -214,7 +228,7 @@ impl Growth<'_> {
     }
 
     async fn payload(&mut self) -> Result<(), Error> {
-        for store in ["memory", "redis", "postgres"] {
+        for store in self.stores(["memory", "redis", "postgres"]) {
             for size in [64, 256, 1_024, 4_096, 16_384, 65_536] {
                 let contender = self.hapax(store);
                 self.rounds("payload", &contender, &Content::of(size), size as f64).await?;
@@ -224,7 +238,7 @@ impl Growth<'_> {
     }
 
     async fn duplicates(&mut self) -> Result<(), Error> {
-        for store in ["memory", "redis", "postgres", "sqlite"] {
+        for store in self.stores(["memory", "redis", "postgres", "sqlite"]) {
             for duplicates in [0.0, 0.1, 0.9] {
                 let contender = self.hapax(store);
                 let content = Content { duplicates, ..Content::of(256) };
@@ -235,7 +249,7 @@ impl Growth<'_> {
     }
 
     async fn keys(&mut self) -> Result<(), Error> {
-        for store in ["memory", "redis", "postgres"] {
+        for store in self.stores(["memory", "redis", "postgres"]) {
             for keys in [1, 16, 256, 4_096, 65_536] {
                 let contender = Contender { by_key: true, ..self.hapax(store) };
                 // So many lanes are as many at once.
@@ -255,7 +269,7 @@ impl Growth<'_> {
 
     /// So many processes of one group: they are there before the first message is.
     async fn workers(&mut self) -> Result<(), Error> {
-        for store in ["redis", "postgres"] {
+        for store in self.stores(["redis", "postgres"]) {
             for workers in [1_usize, 2, 4] {
                 let contender = self.hapax(store);
                 let mut outcomes = Vec::new();
@@ -315,7 +329,8 @@ impl Growth<'_> {
     /// Handlers that never return: what a process holds then, by how much may be in flight. The topic has far more.
     async fn stopped(&mut self) -> Result<(), Error> {
         const SIZE: usize = 4_096;
-        for in_flight in [256, 1_024, 4_096, 16_384] {
+        let sizes = if self.stores(["memory"]).is_empty() { &[][..] } else { &[256, 1_024, 4_096, 16_384] };
+        for &in_flight in sizes {
             let contender = Contender { in_flight, concurrency: 64, ..self.hapax("memory") };
             let messages = TOPIC_BYTES_MAX / SIZE as u64;
             let more = vec!["--stopped".to_owned()];
@@ -329,6 +344,6 @@ impl Growth<'_> {
 
 impl Wish {
     fn copy(&self) -> Self {
-        Self { names: Vec::new(), broker: self.broker.clone(), ..*self }
+        Self { names: Vec::new(), broker: self.broker.clone(), stores: self.stores.clone(), ..*self }
     }
 }

@@ -12,8 +12,10 @@ mod latency;
 mod page;
 mod svg;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 use contender::Place;
 use feed::Error;
@@ -69,19 +71,23 @@ struct Compare {
 
 #[derive(Debug, Args)]
 struct Growth {
-    /// remembered, concurrency, payload, duplicates, keys, workers, stopped; all if none is named
+    /// All if none is named
+    #[arg(value_parser = PossibleValuesParser::new(growth::NAMES))]
     names: Vec<String>,
     #[arg(long, default_value = "kafka")]
     broker: String,
+    /// All if none is named
+    #[arg(long, value_delimiter = ',', value_parser = ["memory", "redis", "postgres", "sqlite"])]
+    store: Vec<String>,
     /// Events a round
     #[arg(long, default_value_t = 50_000)]
     events: u64,
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// The most ids in a store
     #[arg(long, default_value_t = 10_000_000)]
     remembered_max: u64,
-    /// Keeps the figures in docs/performance, those of other names too, and writes docs/performance.md
+    /// Keeps the figures in docs/performance, those of other names and stores too, and writes docs/performance.md
     #[arg(long)]
     docs: bool,
 }
@@ -144,13 +150,15 @@ async fn of_all(options: Compare, place: &Place) -> Result<(), Error> {
 
 async fn of_growth(options: Growth, place: &Place) -> Result<(), Error> {
     let load_before = page::load();
-    let Growth { names, broker, events, rounds, remembered_max, docs } = options;
-    let wish = growth::Wish { names: names.clone(), broker, events, rounds, remembered_max };
+    let Growth { names, broker, store: stores, events, rounds, remembered_max, docs } = options;
+    let is_part = !names.is_empty() || !stores.is_empty();
+    let wish = growth::Wish { names, broker, stores, events, rounds, remembered_max };
     let mut points = growth::run(&wish, place).await?;
     if docs {
         let docs = Docs::here()?;
         let before = docs.kept::<growth::Point>("growth").map(|kept| kept.figures).unwrap_or_default();
-        points.extend(before.into_iter().filter(|point| !names.is_empty() && !names.contains(&point.growth)));
+        let lines: HashSet<_> = points.iter().map(growth::Point::line).collect();
+        points.extend(before.into_iter().filter(|point| is_part && !lines.contains(&point.line())));
         docs.keep("growth", &kept(load_before, Some(events), rounds, points))?;
         docs.write()?;
     }
