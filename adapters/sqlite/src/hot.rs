@@ -6,8 +6,10 @@
 //! the state machine goes on (`batch.rs`): claims that were written it answers as one whose answer was lost, with the
 //! same grant; records are rolled back before.
 
+use std::time::Duration;
+
 use hapax::record::{self, Moment, Record};
-use hapax::{Claim, ConsumerId, EventKey, Lease, Outcome, Recorded};
+use hapax::{ClaimRequest, Lease, Outcome, Recorded};
 
 use crate::rows::{Id, Statement, bind_keys, integer, statement};
 use crate::statements::{KEYS_MAX, OnKeys, Place};
@@ -15,49 +17,48 @@ use crate::writer::{Applied, Call};
 use crate::writes;
 
 /// The claims of a group of calls, as if nobody knew their events.
-pub(crate) struct Claims {
+pub(crate) struct Claims<'c> {
     /// By key; at least one.
-    records: Vec<(Id, Record)>,
-    /// For each call, if it is one of claims.
-    answers: Vec<Option<Vec<Claim>>>,
+    requests: Vec<&'c ClaimRequest>,
+    lease: Duration,
 }
 
-impl Claims {
-    /// None where there are none, or where they are not of one consumer and each of another event.
-    pub(crate) fn of(calls: &[Call], now: Moment) -> Option<Self> {
-        let mut records = Vec::new();
-        let mut answer = |call: &Call| {
-            let Call::Claim(requests, lease, _) = call else { return None };
-            let claims = requests.iter().map(|request| {
-                let mut slot = None;
-                let claim = record::claim(&mut slot, request, *lease, now);
-                records.extend(slot.map(|record| ((request.consumer, request.key), record)));
-                claim
-            });
-            Some(claims.collect())
-        };
-        let answers = calls.iter().map(&mut answer).collect();
-        // Of calls that ask for leases of different lengths, what they write is not alike.
-        let until = |(_, record): &(Id, Record)| record.state;
-        sort(&mut records, |(id, _)| *id)?;
-        let is_alike = records.iter().all(|entry| until(entry) == until(&records[0]));
-        is_alike.then_some(Self { records, answers })
+impl<'c> Claims<'c> {
+    /// None where there are none, or where one statement does not do for all.
+    pub(crate) fn of(calls: &'c [Call]) -> Option<Self> {
+        let claims = || calls.iter().filter_map(Call::claims);
+        let (_, lease) = claims().next()?;
+        let mut requests: Vec<_> = claims().flat_map(|(requests, _)| requests).collect();
+        let fits = claims().all(|(_, other)| other == lease) && sort(&mut requests, |it| (it.consumer, it.key));
+        fits.then_some(Self { requests, lease })
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.records.len()
+        self.requests.len()
     }
 
-    pub(crate) fn statement(&self, place: Place) -> Statement {
-        let entries: Vec<_> = self.records.iter().map(|(id, record)| (*id, record)).collect();
+    pub(crate) fn statement(&self, place: Place, now: Moment) -> Statement {
+        let record = |request: &&ClaimRequest| {
+            let mut slot = None;
+            record::claim(&mut slot, request, self.lease, now);
+            slot.map(|record| ((request.consumer, request.key), record))
+        };
+        let records: Vec<(Id, Record)> = self.requests.iter().filter_map(record).collect();
+        let entries: Vec<_> = records.iter().map(|(id, record)| (*id, record)).collect();
         writes::bind_open_alike(statement(OnKeys::for_keys(self.len()).claim.sql(place)), &entries)
     }
 
-    /// Once all were written.
-    pub(crate) fn answer(self, applied: &mut [Option<Applied>]) {
-        for (applied, answer) in applied.iter_mut().zip(self.answers) {
-            if let Some(answer) = answer {
-                *applied = Some(Applied::Claim(Ok(answer)));
+    /// Whether all were written, by the rows that each statement changed.
+    pub(crate) fn are_written(&self, changed: &[u64]) -> bool {
+        changed.last() == Some(&(self.len() as u64))
+    }
+
+    /// The answers once all were written.
+    pub(crate) fn answer(&self, calls: &[Call], applied: &mut [Option<Applied>], now: Moment) {
+        for (applied, call) in applied.iter_mut().zip(calls) {
+            if let Some((requests, lease)) = call.claims() {
+                let grants = requests.iter().map(|request| record::claim(&mut None, request, lease, now));
+                *applied = Some(Applied::Claim(Ok(grants.collect())));
             }
         }
     }
@@ -70,28 +71,19 @@ pub(crate) struct Done {
 }
 
 impl Done {
-    /// None where there are none, where an event ended otherwise, or where they are not of one consumer and each of
-    /// another event.
+    /// None where there are none, where an event ended otherwise, or where one statement does not do for all.
     pub(crate) fn of(calls: &[Call]) -> Option<Self> {
-        let mut leases = Vec::new();
-        for call in calls {
-            let Call::Record(outcomes, _) = call else { continue };
-            for (lease, outcome) in outcomes {
-                if !matches!(outcome, Outcome::Processed) {
-                    return None;
-                }
-                leases.push(*lease);
-            }
-        }
-        sort(&mut leases, id)?;
-        Some(Self { leases })
+        let outcomes = || calls.iter().flat_map(Call::outcomes);
+        let mut leases: Vec<Lease> = outcomes().map(|(lease, _)| *lease).collect();
+        let fits = outcomes().all(|(_, outcome)| matches!(outcome, Outcome::Processed)) && sort(&mut leases, id);
+        fits.then_some(Self { leases })
     }
 
     pub(crate) fn len(&self) -> usize {
         self.leases.len()
     }
 
-    pub(crate) fn statement(&self, now: Moment, place: Place) -> Statement {
+    pub(crate) fn statement(&self, place: Place, now: Moment) -> Statement {
         let ids: Vec<Id> = self.leases.iter().map(id).collect();
         let fences: String = self.leases.iter().map(|lease| format!("{:020}", lease.fence)).collect();
         bind_keys(statement(OnKeys::for_keys(self.len()).done.sql(place)), &ids)
@@ -101,11 +93,23 @@ impl Done {
             .bind(integer(self.len() as u64))
     }
 
-    /// Once all were written.
+    /// Whether all were written, by the rows that each statement changed: behind BEGIN those that were claimed, and those
+    /// that are not under way any more; behind them COMMIT must have answered.
+    pub(crate) fn are_written(&self, place: Place, changed: &[u64]) -> bool {
+        let all = self.len() as u64;
+        match (place, changed) {
+            (Place::Alone, [_, ended, closed, _]) | (Place::First, [_, ended, closed]) => {
+                (*ended, *closed) == (all, all)
+            }
+            _ => false,
+        }
+    }
+
+    /// The answers once all were written.
     pub(crate) fn answer(calls: &[Call], applied: &mut [Option<Applied>]) {
         for (applied, call) in applied.iter_mut().zip(calls) {
-            if let Call::Record(outcomes, _) = call {
-                *applied = Some(Applied::Record(Ok(vec![Recorded::Done; outcomes.len()])));
+            if !call.outcomes().is_empty() {
+                *applied = Some(Applied::Record(Ok(vec![Recorded::Done; call.outcomes().len()])));
             }
         }
     }
@@ -115,10 +119,10 @@ fn id(lease: &Lease) -> Id {
     (lease.consumer, lease.key)
 }
 
-/// Sorts by key; none where there is nothing, too much for a statement, an event twice, or more than one consumer.
-fn sort<T>(items: &mut [T], id: impl Fn(&T) -> (ConsumerId, EventKey)) -> Option<()> {
+/// Sorts by key, and says whether one statement does for all: at least one, of one consumer, each event once, not too many.
+fn sort<T>(items: &mut [T], id: impl Fn(&T) -> Id) -> bool {
     items.sort_unstable_by_key(&id);
-    let (first, last) = (items.first()?, items.last()?);
+    let is_of_one = items.first().map(|first| id(first).0) == items.last().map(|last| id(last).0);
     let is_twice = items.windows(2).any(|two| id(&two[0]) == id(&two[1]));
-    (items.len() <= KEYS_MAX && id(first).0 == id(last).0 && !is_twice).then_some(())
+    (1..=KEYS_MAX).contains(&items.len()) && is_of_one && !is_twice
 }

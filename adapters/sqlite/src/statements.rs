@@ -177,7 +177,7 @@ impl OnKeys {
             "{cut} INSERT OR ROLLBACK INTO hapax_record ({columns}) \
              SELECT o.consumer, o.key, 3, ?4, o.fence, o.attempt, o.crashes, o.fingerprint, NULL, NULL, NULL, NULL \
              FROM cut CROSS JOIN hapax_open o WHERE i <= length(?2) AND {frame} \
-             AND o.consumer = ?1 AND o.key = substr(?2, i, 16) AND o.state = 0 \
+             AND o.consumer = ?1 AND o.key = substr(?2, i, 16) AND o.state = 0 AND length(o.fingerprint) = 16 \
              AND o.fence = CAST(substr(?3, (i - 1) / 16 * 20 + 1, 20) AS INTEGER); \
              {cut} DELETE FROM hapax_open WHERE {keys} AND changes() = ?5"
         );

@@ -51,8 +51,22 @@ impl Call {
         }
     }
 
-    fn recorded(&self) -> usize {
-        if let Self::Record(batch, ..) = self { batch.len() } else { 0 }
+    pub(crate) fn claims(&self) -> Option<(&[ClaimRequest], Duration)> {
+        if let Self::Claim(requests, lease, _) = self { Some((requests, *lease)) } else { None }
+    }
+
+    pub(crate) fn outcomes(&self) -> &[(Lease, Outcome)] {
+        if let Self::Record(outcomes, _) = self { outcomes } else { &[] }
+    }
+
+    /// The answer to a call without items.
+    fn nothing(&self) -> Option<Applied> {
+        match self {
+            Self::Claim(requests, ..) if requests.is_empty() => Some(Applied::Claim(Ok(Vec::new()))),
+            Self::Renew(leases, ..) if leases.is_empty() => Some(Applied::Renew(Ok(Vec::new()))),
+            Self::Record(outcomes, _) if outcomes.is_empty() => Some(Applied::Record(Ok(Vec::new()))),
+            _ => None,
+        }
     }
 
     /// Whether it may share a commit.
@@ -204,96 +218,114 @@ impl Writer {
     }
 
     async fn try_together(&mut self, calls: Vec<Call>) -> std::result::Result<Vec<Answer>, (Vec<Call>, Fault)> {
-        if calls.iter().all(|call| call.items() == 0) {
-            return Ok(calls.into_iter().filter_map(empty_answer).collect());
-        }
-        let lock = Arc::clone(&self.lock);
-        let Ok(_permit) = lock.acquire().await else {
-            return Err((calls, Fault::new(ErrorKind::Unavailable, "the store is closed")));
+        let applied = match calls.iter().map(|call| call.nothing().map(Some)).collect() {
+            Some(nothing) => Ok(nothing),
+            None => self.apply_locked(&calls).await,
         };
-        match self.apply(&calls).await {
+        match applied {
             Ok(applied) => Ok(calls.into_iter().zip(applied).filter_map(|(call, applied)| applied?.to(call)).collect()),
             Err(fault) => Err((calls, fault)),
         }
     }
 
-    /// One transaction: what `hot.rs` knows first, then the rest.
-    async fn apply(&mut self, calls: &[Call]) -> std::result::Result<Vec<Option<Applied>>, Fault> {
-        let recorded = calls.iter().map(Call::recorded).sum();
-        let sweeps = self.rolling.is_due(recorded);
-        let mut applied: Vec<Option<Applied>> = calls.iter().map(|_| None).collect();
-        let mut open = match self.hot(calls, &mut applied, sweeps).await {
-            // What cannot be there is there: the state machine tells.
-            Err(fault) if fault.kind == ErrorKind::Rejected => None,
-            open => open?,
+    /// One transaction for calls of which some have items.
+    async fn apply_locked(&mut self, calls: &[Call]) -> std::result::Result<Vec<Option<Applied>>, Fault> {
+        let lock = Arc::clone(&self.lock);
+        let Ok(_permit) = lock.acquire().await else {
+            return Err(Fault::new(ErrorKind::Unavailable, "the store is closed"));
         };
-        let mut batch = Batch::default();
-        let rest = || calls.iter().zip(&applied).filter(|(_, applied)| applied.is_none()).map(|(call, _)| call);
-        rest().for_each(|call| call.want(&mut batch));
-        if !batch.is_empty() {
-            let frame = match open {
-                Some(_) => {
-                    let loaded = batch.load(self.connected().await?, Within::Transaction).await;
-                    self.kept(loaded)?
-                }
-                None => self.begin(&mut batch).await?,
-            };
-            // The clock is read inside the transaction, so that waiting for the lock does not use up leases; where claims
-            // of this group were written already, it is that of theirs.
-            let now = *open.get_or_insert_with(|| (self.clock)());
-            for (call, applied) in calls.iter().zip(&mut applied).filter(|(_, applied)| applied.is_none()) {
-                *applied = match call {
-                    Call::Claim(requests, lease, _) => Some(Applied::Claim(batch.claim(requests, *lease, now, frame))),
-                    Call::Renew(leases, lease, _) => Some(Applied::Renew(batch.renew(leases, *lease, now, frame))),
-                    Call::Record(outcomes, _) => Some(Applied::Record(batch.record(outcomes, now, frame))),
-                    _ => None,
-                };
+        let sweeps = self.rolling.is_due(calls.iter().map(|call| call.outcomes().len()).sum());
+        let usual = match self.apply_usual(calls, sweeps).await {
+            // What cannot be there is there; the connection is gone with the transaction.
+            Err(fault) if fault.kind == ErrorKind::Rejected => None,
+            usual => usual?,
+        };
+        match usual {
+            Some(applied) => Ok(applied),
+            None => {
+                let mut applied: Vec<_> = calls.iter().map(Call::nothing).collect();
+                let batch = self.apply_rest(calls, &mut applied, None).await?;
+                self.finish(&batch, sweeps).await?;
+                Ok(applied)
             }
         }
-        if open.is_some() {
-            self.finish(&batch, sweeps).await?;
-        }
-        Ok(applied)
     }
 
-    /// Answers the claims of unknown events and the records of processed ones, if the group has no others; tells the
-    /// moment of the transaction that it leaves open, if it does.
-    async fn hot(
+    /// `hot.rs` does what it can and the state machine the rest. `None` where the state machine is to look at the whole group,
+    /// in a transaction of its own.
+    async fn apply_usual(
         &mut self,
         calls: &[Call],
-        applied: &mut [Option<Applied>],
         sweeps: bool,
-    ) -> std::result::Result<Option<Moment>, Fault> {
-        let now = (self.clock)();
+    ) -> std::result::Result<Option<Vec<Option<Applied>>>, Fault> {
+        let mut applied: Vec<_> = calls.iter().map(Call::nothing).collect();
         let mut open = None;
         let place = |items: usize| if calls.len() == 1 && items == 1 && !sweeps { Place::Alone } else { Place::First };
         if let Some(done) = Done::of(calls) {
             let place = place(done.len());
-            let written = self.begin_with(|| done.statement(now, place)).await.map_err(|fault| place.fault(fault))?;
-            // Behind the one of BEGIN: the events that were claimed, and those that are not under way any more.
-            if written.get(1..3) == Some(&[done.len() as u64; 2]) {
-                Done::answer(calls, applied);
-                open = (place == Place::First).then_some(now);
-            } else if place == Place::First {
-                let undone = changes(self.connected().await?, sqlx::query("ROLLBACK")).await;
-                self.kept(undone)?;
+            let (now, changed) = self.begin_with(place, |now| done.statement(place, now)).await?;
+            if !done.are_written(place, &changed) {
+                if place == Place::First {
+                    self.roll_back().await?;
+                }
                 return Ok(None);
             }
+            Done::answer(calls, &mut applied);
+            open = (place == Place::First).then_some(now);
         }
-        if let Some(claims) = Claims::of(calls, now) {
+        if let Some(claims) = Claims::of(calls) {
             let place = if open.is_some() { Place::Next } else { place(claims.len()) };
-            let written = if place == Place::Next {
-                let written = changes(self.connected().await?, claims.statement(place)).await;
-                self.kept(written)?
-            } else {
-                self.begin_with(|| claims.statement(place)).await.map_err(|fault| place.fault(fault))?
+            let (now, changed) = match open {
+                Some(now) => (now, self.inside(claims.statement(place, now)).await?),
+                None => self.begin_with(place, |now| claims.statement(place, now)).await?,
             };
             open = (place != Place::Alone).then_some(now);
-            if written.last() == Some(&(claims.len() as u64)) {
-                claims.answer(applied);
+            if claims.are_written(&changed) {
+                claims.answer(calls, &mut applied, now);
             }
         }
-        Ok(open)
+        let is_done = applied.iter().all(Option::is_some);
+        if open.is_none() {
+            return Ok(is_done.then_some(applied));
+        }
+        let batch = if is_done { Batch::default() } else { self.apply_rest(calls, &mut applied, open).await? };
+        // A claim that is refused as a whole leaves no lease behind.
+        if applied.iter().any(|applied| matches!(applied, Some(Applied::Claim(Err(_))))) {
+            self.roll_back().await?;
+            return Ok(None);
+        }
+        self.finish(&batch, sweeps).await?;
+        Ok(Some(applied))
+    }
+
+    /// Answers what is not answered by the state machine: in the transaction that is open since the moment told, or in one
+    /// that it begins.
+    async fn apply_rest(
+        &mut self,
+        calls: &[Call],
+        applied: &mut [Option<Applied>],
+        open: Option<Moment>,
+    ) -> std::result::Result<Batch, Fault> {
+        let mut batch = Batch::default();
+        let rest = || calls.iter().zip(applied.iter()).filter(|(_, applied)| applied.is_none());
+        rest().for_each(|(call, _)| call.want(&mut batch));
+        let (frame, now) = match open {
+            Some(now) => {
+                let loaded = batch.load(self.connected().await?, Within::Transaction).await;
+                (self.kept(loaded)?, now)
+            }
+            // The clock is read inside the transaction, so that waiting for the lock does not use up leases.
+            None => (self.begin(&mut batch).await?, (self.clock)()),
+        };
+        for (call, applied) in calls.iter().zip(applied).filter(|(_, applied)| applied.is_none()) {
+            *applied = match call {
+                Call::Claim(requests, lease, _) => Some(Applied::Claim(batch.claim(requests, *lease, now, frame))),
+                Call::Renew(leases, lease, _) => Some(Applied::Renew(batch.renew(leases, *lease, now, frame))),
+                Call::Record(outcomes, _) => Some(Applied::Record(batch.record(outcomes, now, frame))),
+                _ => None,
+            };
+        }
+        Ok(batch)
     }
 
     /// Begins a transaction and reads the batch in one crossing.
@@ -307,15 +339,31 @@ impl Writer {
         }
     }
 
-    /// Begins a transaction with statements that do so; tells how many rows each changed, that of BEGIN included.
-    async fn begin_with(&mut self, statements: impl Fn() -> Statement) -> std::result::Result<Vec<u64>, Fault> {
+    /// Begins a transaction with statements that do so, made anew for each try so that waiting for the lock uses up little
+    /// of their leases; tells their moment and how many rows each changed, of which that of BEGIN means nothing.
+    async fn begin_with(
+        &mut self,
+        place: Place,
+        statements: impl Fn(Moment) -> Statement,
+    ) -> std::result::Result<(Moment, Vec<u64>), Fault> {
         let mut patience = self.patience;
         loop {
-            match changes(self.connected().await?, statements()).await {
-                Ok(changes) => return Ok(changes),
-                Err(fault) => self.wait_after(fault, &mut patience).await?,
+            let now = (self.clock)();
+            match changes(self.connected().await?, statements(now)).await {
+                Ok(changed) => return Ok((now, changed)),
+                Err(fault) => self.wait_after(place.fault(fault), &mut patience).await?,
             }
         }
+    }
+
+    /// More statements of the transaction that is open.
+    async fn inside(&mut self, statements: Statement) -> std::result::Result<Vec<u64>, Fault> {
+        let changed = changes(self.connected().await?, statements).await;
+        self.kept(changed)
+    }
+
+    async fn roll_back(&mut self) -> std::result::Result<(), Fault> {
+        self.inside(sqlx::query("ROLLBACK")).await.map(drop)
     }
 
     /// Waits for the lock of another process, where no transaction was begun; after any other fault the connection is not
@@ -374,7 +422,7 @@ impl Writer {
         let Ok(_permit) = lock.acquire().await else {
             return call.fail(&Fault::new(ErrorKind::Unavailable, "the store is closed"));
         };
-        if let Err(fault) = self.begin_with(|| sqlx::query("BEGIN IMMEDIATE")).await {
+        if let Err(fault) = self.begin_with(Place::First, |_| sqlx::query("BEGIN IMMEDIATE")).await {
             return call.fail(&fault);
         }
         let Some(mut connection) = self.connection.take() else { return };
@@ -436,15 +484,6 @@ impl Applied {
             (Self::Record(answer), Call::Record(.., reply)) => Some(Answer::Record(answer, reply)),
             _ => None,
         }
-    }
-}
-
-fn empty_answer(call: Call) -> Option<Answer> {
-    match call {
-        Call::Claim(.., reply) => Some(Answer::Claim(Ok(Vec::new()), reply)),
-        Call::Renew(.., reply) => Some(Answer::Renew(Ok(Vec::new()), reply)),
-        Call::Record(.., reply) => Some(Answer::Record(Ok(Vec::new()), reply)),
-        _ => None,
     }
 }
 

@@ -182,6 +182,60 @@ async fn a_database_that_changed_below_is_refused_and_nothing_is_written() {
 }
 
 #[tokio::test]
+async fn a_refused_claim_leaves_no_lease_behind() {
+    let folder = Folder::new();
+    let (store, _, consumer) = store(&folder).await;
+    process(&store, consumer, 1..2).await;
+    sqlx::query("UPDATE hapax_record SET state = 9").execute(store.pool()).await.unwrap();
+    let refused = store.claim(&[request(consumer, 2, 1), request(consumer, 1, 1)], LEASE).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Incompatible);
+    assert_eq!(store.look_up("billing", key(2)).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn an_empty_call_is_answered_beside_others() {
+    let folder = Folder::new();
+    let (store, _, consumer) = store(&folder).await;
+    let held = lease(&store, consumer, 1).await;
+    let done = [(held, Outcome::Processed)];
+    let (done, claims, renewals) = tokio::join!(store.record(&done), store.claim(&[], LEASE), store.renew(&[], LEASE));
+    assert_eq!((done.unwrap(), claims.unwrap(), renewals.unwrap()), (vec![Recorded::Done], Vec::new(), Vec::new()));
+}
+
+#[tokio::test]
+async fn what_shares_a_transaction_with_a_refused_claim_is_written() {
+    let folder = Folder::new();
+    let (store, _, consumer) = store(&folder).await;
+    let held = lease(&store, consumer, 1).await;
+    let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON hapax_open BEGIN SELECT RAISE(ABORT, 'refused'); END";
+    sqlx::query(refuse).execute(store.pool()).await.unwrap();
+    let (done, new) = ([(held, Outcome::Processed)], [request(consumer, 2, 1)]);
+    let (done, claims) = tokio::join!(store.record(&done), store.claim(&new, LEASE));
+    assert_eq!(claims.unwrap_err().kind(), ErrorKind::Rejected);
+    assert!(matches!(done.unwrap()[..], [Recorded::Done]));
+    assert_eq!(store.look_up("billing", key(1)).await.unwrap().unwrap().status, Status::Processed);
+}
+
+/// One that waits for the lock of another process.
+#[tokio::test]
+async fn a_lease_begins_when_it_is_granted() {
+    let folder = Folder::new();
+    let (store, clock, consumer) = store(&folder).await;
+    let mut other = store.pool().acquire().await.unwrap();
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut *other).await.unwrap();
+    let claims = {
+        let store = store.clone();
+        tokio::spawn(async move { store.claim(&[request(consumer, 1, 1)], LEASE).await })
+    };
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    clock.advance(LEASE);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    sqlx::query("ROLLBACK").execute(&mut *other).await.unwrap();
+    assert!(matches!(claims.await.unwrap().unwrap()[..], [Claim::Granted(..)]));
+    assert_eq!(store.look_up("billing", key(1)).await.unwrap().unwrap().since, LEASE);
+}
+
+#[tokio::test]
 async fn zombie_complete_is_fenced() {
     let folder = Folder::new();
     let (store, clock, consumer) = store(&folder).await;
