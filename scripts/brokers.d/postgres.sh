@@ -47,7 +47,7 @@ postgres_start() { # server
     touch "$folder/made"
   fi
   forget_dead_postmaster "$folder/db/postmaster.pid"
-  # fsync is on, as it is by default: what is measured is what users have.
+  # fsync is on, as it is by default: what is measured is what users have. An index of 10^7 records fits into the buffers.
   launch postgres "${postgres_as[@]}" "$(program_path postgres)" -D "$folder/db" -p "$(port_of postgres)" \
     -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=200 -c shared_buffers=1GB \
     -c max_wal_size=2GB

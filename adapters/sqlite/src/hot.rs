@@ -12,7 +12,7 @@ use hapax::record::{self, Moment, Record};
 use hapax::{ClaimRequest, Lease, Outcome, Recorded};
 
 use crate::rows::{Id, Statement, bind_keys, integer, statement};
-use crate::statements::{KEYS_MAX, OnKeys, Place};
+use crate::statements::{Crossing, KEYS_MAX, OnKeys};
 use crate::writer::{Applied, Call};
 use crate::writes;
 
@@ -29,15 +29,16 @@ impl<'c> Claims<'c> {
         let claims = || calls.iter().filter_map(Call::claims);
         let (_, lease) = claims().next()?;
         let mut requests: Vec<_> = claims().flat_map(|(requests, _)| requests).collect();
-        let fits = claims().all(|(_, other)| other == lease) && sort(&mut requests, |it| (it.consumer, it.key));
-        fits.then_some(Self { requests, lease })
+        requests.sort_unstable_by_key(|request| (request.consumer, request.key));
+        let is_one_lease = claims().all(|(_, other)| other == lease);
+        (is_one_lease && is_one_statement(&requests, |it| (it.consumer, it.key))).then_some(Self { requests, lease })
     }
 
     pub(crate) fn len(&self) -> usize {
         self.requests.len()
     }
 
-    pub(crate) fn statement(&self, place: Place, now: Moment) -> Statement {
+    pub(crate) fn statement(&self, crossing: Crossing, now: Moment) -> Statement {
         let record = |request: &&ClaimRequest| {
             let mut slot = None;
             record::claim(&mut slot, request, self.lease, now);
@@ -45,7 +46,7 @@ impl<'c> Claims<'c> {
         };
         let records: Vec<(Id, Record)> = self.requests.iter().filter_map(record).collect();
         let entries: Vec<_> = records.iter().map(|(id, record)| (*id, record)).collect();
-        writes::bind_open_alike(statement(OnKeys::for_keys(self.len()).claim.sql(place)), &entries)
+        writes::bind_open_alike(statement(OnKeys::for_keys(self.len()).claim.sql(crossing)), &entries)
     }
 
     /// Whether all were written, by the rows that each statement changed.
@@ -75,18 +76,19 @@ impl Done {
     pub(crate) fn of(calls: &[Call]) -> Option<Self> {
         let outcomes = || calls.iter().flat_map(Call::outcomes);
         let mut leases: Vec<Lease> = outcomes().map(|(lease, _)| *lease).collect();
-        let fits = outcomes().all(|(_, outcome)| matches!(outcome, Outcome::Processed)) && sort(&mut leases, id);
-        fits.then_some(Self { leases })
+        leases.sort_unstable_by_key(id);
+        let are_processed = outcomes().all(|(_, outcome)| matches!(outcome, Outcome::Processed));
+        (are_processed && is_one_statement(&leases, id)).then_some(Self { leases })
     }
 
     pub(crate) fn len(&self) -> usize {
         self.leases.len()
     }
 
-    pub(crate) fn statement(&self, place: Place, now: Moment) -> Statement {
+    pub(crate) fn statement(&self, crossing: Crossing, now: Moment) -> Statement {
         let ids: Vec<Id> = self.leases.iter().map(id).collect();
         let fences: String = self.leases.iter().map(|lease| format!("{:020}", lease.fence)).collect();
-        bind_keys(statement(OnKeys::for_keys(self.len()).done.sql(place)), &ids)
+        bind_keys(statement(OnKeys::for_keys(self.len()).done.sql(crossing)), &ids)
             // As bytes: SQLite finds a place in a text by counting its characters.
             .bind(fences.into_bytes())
             .bind(integer(now.0))
@@ -95,10 +97,10 @@ impl Done {
 
     /// Whether all were written, by the rows that each statement changed: behind BEGIN those that were claimed, and those
     /// that are not under way any more; behind them COMMIT must have answered.
-    pub(crate) fn are_written(&self, place: Place, changed: &[u64]) -> bool {
+    pub(crate) fn are_written(&self, crossing: Crossing, changed: &[u64]) -> bool {
         let all = self.len() as u64;
-        match (place, changed) {
-            (Place::Alone, [_, ended, closed, _]) | (Place::First, [_, ended, closed]) => {
+        match (crossing, changed) {
+            (Crossing::Alone, [_, ended, closed, _]) | (Crossing::First, [_, ended, closed]) => {
                 (*ended, *closed) == (all, all)
             }
             _ => false,
@@ -119,9 +121,8 @@ fn id(lease: &Lease) -> Id {
     (lease.consumer, lease.key)
 }
 
-/// Sorts by key, and says whether one statement does for all: at least one, of one consumer, each event once, not too many.
-fn sort<T>(items: &mut [T], id: impl Fn(&T) -> Id) -> bool {
-    items.sort_unstable_by_key(&id);
+/// Whether one statement does for all: at least one, of one consumer, each event once, not too many. By key.
+fn is_one_statement<T>(items: &[T], id: impl Fn(&T) -> Id) -> bool {
     let is_of_one = items.first().map(|first| id(first).0) == items.last().map(|last| id(last).0);
     let is_twice = items.windows(2).any(|two| id(&two[0]) == id(&two[1]));
     (1..=KEYS_MAX).contains(&items.len()) && is_of_one && !is_twice

@@ -18,9 +18,9 @@
 //! | contract | SQL | commits |
 //! |---|---|---|
 //! | `open` | read `hapax_consumer`; only where it is new: insert, or update its retention | 0 or 1 |
-//! | `claim` | `BEGIN IMMEDIATE`, insert into `hapax_open` what no table has, `COMMIT` | 1, shared by all calls that wait |
-//! | `record` | `BEGIN IMMEDIATE`, move what is claimed and was processed from `hapax_open` to `hapax_record`, a step of the sweep, `COMMIT` | shared |
-//! | `renew`, and any other claim or record | `BEGIN IMMEDIATE`, read the batch, core's state machine, write what changed, `COMMIT` | shared |
+//! | `claim` of new events | insert into `hapax_open` what neither table has | 1, shared by all calls that wait |
+//! | `record` of processed ones | move them from `hapax_open` to `hapax_record`; a step of the sweep | shared |
+//! | `renew`, any other `claim` or `record` | read the batch, core's state machine, write what changed | shared |
 //! | `probe` | versions, read through the pool; tells a sweep that failed | 0 |
 //! | `begin`, `record_in`, `commit` | `BEGIN IMMEDIATE`, the handler's statements, the record as above, `COMMIT` | 1 |
 //! | `look_up`, `list` | reads through the pool, which block nobody | 0 |

@@ -8,7 +8,6 @@
 
 use std::sync::{Arc, LazyLock};
 
-use crate::error::Fault;
 use crate::schema::SCHEMA_VERSION;
 
 /// Most keys of one statement.
@@ -59,24 +58,18 @@ impl Ending {
     }
 }
 
-/// Where a statement of `hot.rs` stands in its transaction.
+/// Which crossing of its transaction it is with which statements of `hot.rs` go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// It is one, committed in the same crossing.
+pub(crate) enum Crossing {
+    /// The only one, which commits too.
     Alone,
-    /// It begins.
+    /// The one that begins.
     First,
+    /// A later one.
     Next,
 }
 
-impl Place {
-    /// A fault of a statement there: what commits may have taken place.
-    pub(crate) fn fault(self, fault: Fault) -> Fault {
-        if self == Self::Alone { fault.at_commit() } else { fault }
-    }
-}
-
-/// One of `hot.rs`, at each place.
+/// Statements of `hot.rs`, for each crossing.
 #[derive(Debug)]
 pub(crate) struct Hot {
     alone: Arc<str>,
@@ -96,11 +89,11 @@ impl Hot {
         Self { alone: format!("{first}; COMMIT").into(), first: first.into(), next: sql.into() }
     }
 
-    pub(crate) fn sql(&self, place: Place) -> &Arc<str> {
-        match place {
-            Place::Alone => &self.alone,
-            Place::First => &self.first,
-            Place::Next => &self.next,
+    pub(crate) fn sql(&self, crossing: Crossing) -> &Arc<str> {
+        match crossing {
+            Crossing::Alone => &self.alone,
+            Crossing::First => &self.first,
+            Crossing::Next => &self.next,
         }
     }
 }
@@ -164,7 +157,7 @@ impl OnKeys {
             "{cut} INSERT OR REPLACE INTO hapax_record ({columns}) SELECT {common} FROM cut WHERE i <= length(?2); \
              {cut} DELETE FROM hapax_open WHERE {keys}"
         );
-        // No statement of these two may fail half way and go on, so that SQLite need not keep what it would undo.
+        // A claim of what is there already changes no row; an event in both tables ends the transaction.
         let frame = format!("(SELECT value FROM hapax_meta WHERE name = 'schema') = {SCHEMA_VERSION}");
         let claim = format!(
             "{cut} INSERT OR IGNORE INTO hapax_open ({columns}, token, first) \

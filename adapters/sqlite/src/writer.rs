@@ -18,9 +18,9 @@ use crate::batch::Batch;
 use crate::error::Fault;
 use crate::hot::{Claims, Done};
 use crate::rows::{Frame, Id, Statement, Within, integer};
-use crate::statements::Place;
+use crate::statements::Crossing;
 use crate::store::Clock;
-use crate::sweep::{self, Rolling, Table};
+use crate::sweep::{self, Place, Rolling, Table};
 
 /// Calls that may wait for the writer; further callers wait to be let in.
 pub(crate) const CALLS_MAX: usize = 256;
@@ -36,7 +36,7 @@ pub(crate) enum Call {
     Renew(Vec<Lease>, Duration, Reply<Vec<Renewal>>),
     Record(Vec<(Lease, Outcome)>, Reply<Vec<Recorded>>),
     Open(String, Duration, Reply<ConsumerId>),
-    Sweep(Table, sweep::Place, sweep::Place, Moment, Reply<u64>),
+    Sweep(Table, Place, Place, Moment, Reply<u64>),
     Forget(Id, Reply<bool>),
     Close,
 }
@@ -260,26 +260,27 @@ impl Writer {
     ) -> std::result::Result<Option<Vec<Option<Applied>>>, Fault> {
         let mut applied: Vec<_> = calls.iter().map(Call::nothing).collect();
         let mut open = None;
-        let place = |items: usize| if calls.len() == 1 && items == 1 && !sweeps { Place::Alone } else { Place::First };
+        let crossing =
+            |items: usize| if calls.len() == 1 && items == 1 && !sweeps { Crossing::Alone } else { Crossing::First };
         if let Some(done) = Done::of(calls) {
-            let place = place(done.len());
-            let (now, changed) = self.begin_with(place, |now| done.statement(place, now)).await?;
-            if !done.are_written(place, &changed) {
-                if place == Place::First {
+            let crossing = crossing(done.len());
+            let (now, changed) = self.begin_with(crossing, |now| done.statement(crossing, now)).await?;
+            if !done.are_written(crossing, &changed) {
+                if crossing == Crossing::First {
                     self.roll_back().await?;
                 }
                 return Ok(None);
             }
             Done::answer(calls, &mut applied);
-            open = (place == Place::First).then_some(now);
+            open = (crossing == Crossing::First).then_some(now);
         }
         if let Some(claims) = Claims::of(calls) {
-            let place = if open.is_some() { Place::Next } else { place(claims.len()) };
+            let crossing = if open.is_some() { Crossing::Next } else { crossing(claims.len()) };
             let (now, changed) = match open {
-                Some(now) => (now, self.inside(claims.statement(place, now)).await?),
-                None => self.begin_with(place, |now| claims.statement(place, now)).await?,
+                Some(now) => (now, self.inside(claims.statement(crossing, now)).await?),
+                None => self.begin_with(crossing, |now| claims.statement(crossing, now)).await?,
             };
-            open = (place != Place::Alone).then_some(now);
+            open = (crossing != Crossing::Alone).then_some(now);
             if claims.are_written(&changed) {
                 claims.answer(calls, &mut applied, now);
             }
@@ -343,7 +344,7 @@ impl Writer {
     /// of their leases; tells their moment and how many rows each changed, of which that of BEGIN means nothing.
     async fn begin_with(
         &mut self,
-        place: Place,
+        crossing: Crossing,
         statements: impl Fn(Moment) -> Statement,
     ) -> std::result::Result<(Moment, Vec<u64>), Fault> {
         let mut patience = self.patience;
@@ -351,7 +352,11 @@ impl Writer {
             let now = (self.clock)();
             match changes(self.connected().await?, statements(now)).await {
                 Ok(changed) => return Ok((now, changed)),
-                Err(fault) => self.wait_after(place.fault(fault), &mut patience).await?,
+                Err(fault) => {
+                    // What commits may have taken place.
+                    let fault = if crossing == Crossing::Alone { fault.at_commit() } else { fault };
+                    self.wait_after(fault, &mut patience).await?;
+                }
             }
         }
     }
@@ -422,7 +427,7 @@ impl Writer {
         let Ok(_permit) = lock.acquire().await else {
             return call.fail(&Fault::new(ErrorKind::Unavailable, "the store is closed"));
         };
-        if let Err(fault) = self.begin_with(Place::First, |_| sqlx::query("BEGIN IMMEDIATE")).await {
+        if let Err(fault) = self.begin_with(Crossing::First, |_| sqlx::query("BEGIN IMMEDIATE")).await {
             return call.fail(&fault);
         }
         let Some(mut connection) = self.connection.take() else { return };

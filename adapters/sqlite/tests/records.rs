@@ -182,6 +182,19 @@ async fn a_database_that_changed_below_is_refused_and_nothing_is_written() {
 }
 
 #[tokio::test]
+async fn a_damaged_record_of_an_event_under_way_is_refused() {
+    let folder = Folder::new();
+    let (store, _, consumer) = store(&folder).await;
+    let leases = [lease(&store, consumer, 1).await, lease(&store, consumer, 2).await];
+    let done = leases.map(|lease| (lease, Outcome::Processed));
+    sqlx::query("UPDATE hapax_open SET fingerprint = x'00'").execute(store.pool()).await.unwrap();
+    for batch in [&done[..1], &done] {
+        assert_eq!(store.record(batch).await.unwrap_err().kind(), ErrorKind::Incompatible);
+    }
+    assert_eq!(store.list("billing", Status::Processed, 10).await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn a_refused_claim_leaves_no_lease_behind() {
     let folder = Folder::new();
     let (store, _, consumer) = store(&folder).await;

@@ -77,7 +77,7 @@ struct Growth {
     #[arg(long, default_value = "kafka")]
     broker: String,
     /// All if none is named
-    #[arg(long, value_delimiter = ',', value_parser = ["memory", "redis", "postgres", "sqlite"])]
+    #[arg(long, value_delimiter = ',', value_parser = PossibleValuesParser::new(growth::STORES))]
     store: Vec<String>,
     /// Events a round
     #[arg(long, default_value_t = 50_000)]

@@ -133,7 +133,8 @@ another is under way; at L4 the concurrency that the line tells, at L1 `.require
 others, but for the growth by keys.
 - mq-bridge runs with its default batch of 512 and its id from the record key; Watermill with its router, its default marshaler and the \
 event's id as the key of its deduplicator; RustStream with tracked commits and a decoded message.
-- Servers are durable: PostgreSQL with `fsync` and `synchronous_commit`, RabbitMQ with quorum queues; Redis as `scripts/brokers` starts it.
+- Servers are durable: PostgreSQL with `fsync` and `synchronous_commit`, RabbitMQ with quorum queues; Redis as \
+`scripts/brokers` starts it. PostgreSQL has 1 GB of shared buffers.
 
 To repeat it:
 
