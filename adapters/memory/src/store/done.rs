@@ -1,7 +1,7 @@
 //! What is done, in few bytes: fixed-size entries in the order of their completion, and an index of entry numbers.
 //!
 //! Apart from the store because only the layout matters here. An id costs one [`Entry`] (56 bytes) and one place in the
-//! index (5 bytes at a load of 44 to 88 %, so 6 to 11); growing makes no pause, since the queue grows by segments and
+//! index (9 bytes at a load of 44 to 88 %, so 10 to 20); growing makes no pause, since the queue grows by segments and
 //! the index is split in shards that double one after the other. A sweep takes entries off the front.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -41,6 +41,15 @@ struct Entry {
     end: End,
 }
 
+/// Where a record is, and enough of its key that a shard doubles without a look at the entries, which are all over the
+/// memory.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Modulo 2^32: never more entries than that are there at once.
+    number: u32,
+    hash: u32,
+}
+
 /// The terminal records of one consumer.
 #[derive(Debug)]
 pub(super) struct Done {
@@ -52,8 +61,7 @@ pub(super) struct Done {
     /// The number of the oldest entry that is not swept, and of the next one.
     front: u64,
     next: u64,
-    /// Numbers modulo 2^32: never more than that are there at once.
-    index: Vec<HashTable<u32>>,
+    index: Vec<HashTable<Place>>,
     records: usize,
     /// Which entries are of dead letters, each with the fence under which it was doomed.
     dead: BTreeMap<u64, NonZeroU64>,
@@ -121,10 +129,8 @@ impl Done {
         }
         self.next += 1;
         self.records += 1;
-        let (segments, first) = (&self.segments, self.first);
-        self.index[shard(key)].insert_unique(hash(key), number as u32, |number| {
-            entry(segments, first, *number).map_or(0, |entry| hash(entry.key))
-        });
+        let place = Place { number: number as u32, hash: hash(key) };
+        self.index[shard(key)].insert_unique(spread(place.hash), place, |place| spread(place.hash));
     }
 
     /// Takes a record out; its place in the queue stays until the sweep comes by.
@@ -180,7 +186,8 @@ impl Done {
     }
 
     fn unlink(&mut self, key: EventKey, number: u64) {
-        if let Ok(place) = self.index[shard(key)].find_entry(hash(key), |found| *found == number as u32) {
+        let found = self.index[shard(key)].find_entry(spread(hash(key)), |place| place.number == number as u32);
+        if let Ok(place) = found {
             place.remove();
             self.records -= 1;
             self.dead.remove(&number);
@@ -189,9 +196,11 @@ impl Done {
     }
 
     fn find(&self, key: EventKey) -> Option<u64> {
-        let same = |number: &u32| entry(&self.segments, self.first, *number).is_some_and(|entry| entry.key == key);
-        let number = *self.index[shard(key)].find(hash(key), same)?;
-        Some(self.first + u64::from(number.wrapping_sub(self.first as u32)))
+        let hash = hash(key);
+        let has_key = |number| entry(&self.segments, self.first, number).is_some_and(|entry| entry.key == key);
+        let same = |place: &Place| place.hash == hash && has_key(place.number);
+        let place = self.index[shard(key)].find(spread(hash), same)?;
+        Some(self.first + u64::from(place.number.wrapping_sub(self.first as u32)))
     }
 
     fn keyed(&self, number: u64) -> Option<(EventKey, Record)> {
@@ -235,10 +244,15 @@ fn entry(segments: &VecDeque<Vec<Entry>>, first: u64, number: u32) -> Option<&En
     segments.get(place / SEGMENT)?.get(place % SEGMENT)
 }
 
-/// The key is a digest already: its first eight bytes are as good a hash as any. The shard comes from other bytes.
-pub(super) fn hash(key: EventKey) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = key.0;
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+/// The key is a digest already: its first bytes are as good a hash as any. The shard comes from other bytes.
+fn hash(key: EventKey) -> u32 {
+    let [a, b, c, d, ..] = key.0;
+    u32::from_le_bytes([a, b, c, d])
+}
+
+/// What a table of a shard wants: it takes the place from the lower bits and a tag from the upper ones.
+fn spread(hash: u32) -> u64 {
+    u64::from(hash) << 32 | u64::from(hash)
 }
 
 /// From other bytes than the hash. With `x` even over `0..1`, the shard `(x² + 2x) / 3` gives the first shards twice as
@@ -326,7 +340,7 @@ mod tests {
         );
         assert!(done.get(key(ids - 10)).is_some());
         assert_eq!(done.segments.len(), 1);
-        assert!(bytes(&done) < all / 3);
+        assert!(bytes(&done) < all / 2);
     }
 
     #[test]

@@ -50,16 +50,22 @@ impl Records {
         self.active.contains_key(&key) || self.done.contains(key)
     }
 
+    pub(super) fn is_done(&self, key: EventKey) -> bool {
+        self.done.contains(key)
+    }
+
     pub(super) fn get(&self, key: EventKey) -> Option<Record> {
         self.active.get(&key).cloned().flatten().or_else(|| self.done.get(key))
     }
 
+    /// Unless it `may_be_done`, the key is not looked for among the terminal records.
     pub(super) fn claim(
         &mut self,
         request: &ClaimRequest,
         lease: Duration,
         now: Moment,
         forgotten_fence: u64,
+        may_be_done: bool,
     ) -> Claim {
         if let Some(slot) = self.active.get_mut(&request.key) {
             let was_doomed = is_doomed(slot);
@@ -69,7 +75,7 @@ impl Records {
             }
             return claim;
         }
-        let mut slot = self.done.get(request.key);
+        let mut slot = may_be_done.then(|| self.done.get(request.key)).flatten();
         let was_known = slot.is_some();
         let mut claim = record::claim(&mut slot, request, lease, now);
         if let Claim::Granted(lease, _) = &mut claim {
