@@ -52,9 +52,14 @@ impl Plan {
         }
     }
 
-    /// Events of `keys` keys in order; as many lanes can wait as four times the handlers.
+    /// The same with so many handlers at once.
+    pub fn with_handlers(self, concurrency: usize) -> Self {
+        Self { concurrency, ..self }
+    }
+
+    /// Events of `keys` keys in order.
     pub fn in_order(self, keys: usize) -> Self {
-        Self { keys, in_flight: 4 * self.concurrency, ..self }
+        Self { keys, ..self }
     }
 
     /// A message of this plan.

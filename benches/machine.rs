@@ -3,7 +3,9 @@
 use std::fmt;
 use std::fs::read_to_string;
 
-/// Cores, model, kernel, and how busy it is with other work.
+use crate::allocated;
+
+/// Cores, model, kernel, the allocator, and how busy it is with other work.
 #[derive(Clone, Debug)]
 pub struct Machine {
     cores: usize,
@@ -36,6 +38,6 @@ pub fn load() -> String {
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cores, model, kernel, load } = self;
-        write!(f, "{cores} cores, {model}, Linux {kernel}, load average {load}")
+        write!(f, "{cores} cores, {model}, Linux {kernel}, {}, load average {load}", allocated::NAME)
     }
 }

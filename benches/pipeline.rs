@@ -4,6 +4,7 @@
 //! ```text
 //! cargo bench -p hapax-benches --bench pipeline -- [NAME ..] [--events N] [--rounds R] [--json FILE]
 //! cargo bench -p hapax-benches --bench pipeline --features count-allocations
+//! cargo bench -p hapax-benches --bench pipeline --no-default-features   # the system's allocator instead of mimalloc
 //! cargo bench -p hapax-benches --bench pipeline -- --callgrind [NAME ..]
 //! ```
 
@@ -48,18 +49,21 @@ struct Arguments {
 /// One line of the report.
 struct Case {
     name: &'static str,
+    handlers: usize,
     in_flight: usize,
     keys: usize,
     remembered: usize,
 }
 
 const CASES: &[Case] = &[
-    Case { name: "memory-64", in_flight: 64, keys: 0, remembered: 0 },
-    Case { name: "memory-256", in_flight: 256, keys: 0, remembered: 10_000 },
-    Case { name: "memory-1024", in_flight: 1_024, keys: 0, remembered: 0 },
-    Case { name: "memory-256-remembering-10m", in_flight: 256, keys: 0, remembered: 10_000_000 },
-    Case { name: "memory-256-per-key", in_flight: 256, keys: 1_024, remembered: 0 },
-    Case { name: "memory-one-key", in_flight: 256, keys: 1, remembered: 0 },
+    Case { name: "memory-64", handlers: 64, in_flight: 64, keys: 0, remembered: 0 },
+    Case { name: "memory-256", handlers: 256, in_flight: 256, keys: 0, remembered: 10_000 },
+    Case { name: "memory-1024", handlers: 1_024, in_flight: 1_024, keys: 0, remembered: 0 },
+    Case { name: "memory-256-remembering-10m", handlers: 256, in_flight: 256, keys: 0, remembered: 10_000_000 },
+    Case { name: "memory-256-per-key", handlers: 256, in_flight: 256, keys: 1_024, remembered: 0 },
+    // A delivery of each key in flight: most of them wait for a handler.
+    Case { name: "memory-1024-per-key", handlers: 256, in_flight: 1_024, keys: 1_024, remembered: 0 },
+    Case { name: "memory-one-key", handlers: 256, in_flight: 256, keys: 1, remembered: 0 },
 ];
 
 /// Ids whose bytes are counted.
@@ -67,7 +71,8 @@ const COUNTED_IDS: usize = 1_000_000;
 
 impl Case {
     fn plan(&self, events: usize) -> Plan {
-        let plan = Plan::of(if self.keys == 1 { events / 4 } else { events }, self.in_flight);
+        let plan =
+            Plan::of(if self.keys == 1 { events / 4 } else { events }, self.in_flight).with_handlers(self.handlers);
         if self.keys == 0 { plan } else { plan.in_order(self.keys) }
     }
 }

@@ -31,7 +31,7 @@ pub struct Wish {
 impl Wish {
     /// Events a round. Long enough that what a client fetched ahead counts for little; a queue is filled for each run.
     fn events(&self, broker: &str) -> u64 {
-        self.events.unwrap_or(if broker == "rabbitmq" { 60_000 } else { 400_000 })
+        self.events.unwrap_or(if broker == "rabbitmq" { 120_000 } else { 400_000 })
     }
 
     fn wants(&self, contender: &Contender) -> bool {

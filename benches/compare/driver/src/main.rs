@@ -52,7 +52,7 @@ struct Compare {
     /// raw, batched, by-hand, by-hand-tx, mq-bridge, ruststream, watermill, hapax, or hapax at one level: hapax-L2
     #[arg(long, num_args = 1.., value_delimiter = ',')]
     contender: Vec<String>,
-    /// Events a round [default: 400000, on RabbitMQ 60000]
+    /// Events a round [default: 400000, on RabbitMQ 120000]
     #[arg(long)]
     events: Option<u64>,
     /// Bytes of a message, at least 37
