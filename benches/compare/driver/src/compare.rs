@@ -104,14 +104,15 @@ impl<'a> Bench<'a> {
         }
         for round in 1..=self.wish.rounds {
             for lane in &mut lanes {
+                let title = lane.contender.title();
                 match self.once(&lane.contender, lane.events).await {
                     Ok(outcome) => {
-                        let (title, rate) = (lane.contender.title(), outcome.events as f64 / outcome.seconds);
+                        let rate = outcome.events as f64 / outcome.seconds;
                         let cpu = outcome.cpu_us_per_event;
                         eprintln!("  round {round}: {title:<34} {rate:>9.0}/s {cpu:>7.1} us CPU");
                         lane.outcomes.push(outcome);
                     }
-                    Err(error) => eprintln!("  round {round}: {error}"),
+                    Err(error) => eprintln!("  round {round}: {title:<34} counts for nothing: {error}"),
                 }
             }
         }

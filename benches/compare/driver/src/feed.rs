@@ -77,8 +77,17 @@ impl Sent {
 
 pub enum Feed {
     Kafka { producer: Box<ThreadedProducer<DefaultProducerContext>>, admin: Box<AdminClient<DefaultClientContext>> },
-    Rabbit { connection: Connection },
+    Rabbit { url: String, connection: Connection },
     Redis { connection: MultiplexedConnection },
+}
+
+/// On a new connection where the server has ended the last one: RabbitMQ 3.10 does that where a queue is deleted while its log
+/// is cut, and one queue's end is not to be that of all rounds that follow.
+async fn channel(url: &str, connection: &mut Connection) -> Result<lapin::Channel, Error> {
+    if !connection.status().connected() {
+        *connection = Connection::connect(url, ConnectionProperties::default()).await?;
+    }
+    Ok(connection.create_channel().await?)
 }
 
 impl Feed {
@@ -93,7 +102,10 @@ impl Feed {
                 config.set("queue.buffering.max.messages", "200000");
                 Self::Kafka { producer: Box::new(config.create()?), admin }
             }
-            "rabbitmq" => Self::Rabbit { connection: Connection::connect(url, ConnectionProperties::default()).await? },
+            "rabbitmq" => {
+                let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+                Self::Rabbit { url: url.to_owned(), connection }
+            }
             "redis" => {
                 let client = redis::Client::open(url)?;
                 Self::Redis { connection: client.get_multiplexed_async_connection().await? }
@@ -110,12 +122,12 @@ impl Feed {
                     answer.map_err(|(topic, why)| format!("topic {topic}: {why}"))?;
                 }
             }
-            Self::Rabbit { connection } => {
+            Self::Rabbit { url, connection } => {
                 // As hapax declares it.
                 let mut arguments = FieldTable::default();
                 arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
                 arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
-                let channel = connection.create_channel().await?;
+                let channel = channel(url, connection).await?;
                 let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
                 channel.queue_declare(topic.into(), options, arguments).await?;
                 channel.close(200, "done".into()).await?;
@@ -176,8 +188,8 @@ impl Feed {
     async fn sender<'a>(&'a mut self, topic: &'a str) -> Result<Sender<'a>, Error> {
         Ok(match self {
             Self::Kafka { producer, .. } => Sender::Kafka { producer, topic },
-            Self::Rabbit { connection } => {
-                let channel = connection.create_channel().await?;
+            Self::Rabbit { url, connection } => {
+                let channel = channel(url, connection).await?;
                 channel.confirm_select(ConfirmSelectOptions::default()).await?;
                 Sender::Rabbit { channel, topic, confirms: Vec::new() }
             }
@@ -193,8 +205,8 @@ impl Feed {
                 let dead = format!("{topic}.{group}.dead");
                 let _ = admin.delete_topics(&[topic, &dead], &AdminOptions::new()).await;
             }
-            Self::Rabbit { connection } => {
-                let Ok(channel) = connection.create_channel().await else { return };
+            Self::Rabbit { url, connection } => {
+                let Ok(channel) = channel(url, connection).await else { return };
                 let waits = (0..13).map(|step| format!("{topic}.{group}.retry.{}s", 1 << step));
                 for queue in [topic.to_owned(), format!("{topic}.{group}.dead")].into_iter().chain(waits) {
                     let _ = channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await;
