@@ -153,8 +153,8 @@ fn told<T>(text: &mut String, kept: &Kept<T>) {
     line(
         text,
         format_args!(
-            "{machine}. {events}{rounds} rounds. Load average {load_before} before and {load_after} after: above the number \
-             of cores, others were at work too.\n"
+            "{machine}. {events}{rounds} rounds. Load average {load_before} before and {load_after} after the last run: above \
+             the number of cores, others were at work too. What that run did not measure is from the one before.\n"
         ),
     );
 }
