@@ -36,7 +36,7 @@ pub struct MemoryStoreBuilder {
 }
 
 impl MemoryStoreBuilder {
-    /// Records of all consumers together: some 70 bytes each once they are terminal.
+    /// Records of all consumers together: 70 to 80 bytes each once they are terminal.
     pub const RECORDS_MAX: usize = 10_000_000;
 
     /// How many records it keeps; beyond it claims of new events are refused as [`ErrorKind::Full`].

@@ -165,9 +165,6 @@ impl Growth<'_> {
     }
 
     async fn remembered_in(&mut self, store: &'static str) -> Result<(), Error> {
-        // Handled by the process that fills the store, after that: so many that what a database does once after a checkpoint,
-        // the first write to each page of an index, is not taken for the cost of an event.
-        let warm_up = |filled: u64| (filled / 50).max(1_000);
         let contender = self.hapax(store);
         let group = unique("group");
         let (mut filled, mut seen, mut wanted) = (0, 0, 10_000);
@@ -179,7 +176,9 @@ impl Growth<'_> {
             } else {
                 let fill = [option("--remember", wanted - filled), option("--remember-from", filled)].concat();
                 let more = [fill, vec!["--keep".to_owned()]].concat();
-                let numbers = seen..seen + warm_up(wanted);
+                // Handled by the process that fills the store, after that: so many that what a database does once after a
+                // checkpoint, the first write to each page of an index, is not taken for the cost of an event.
+                let numbers = seen..seen + (wanted / 50).max(1_000);
                 self.once(&contender, &Content::of(256), numbers.clone(), &group, more).await?;
                 (filled, seen) = (wanted, numbers.end);
                 eprintln!("  {store:<10} {wanted:>9}: filled in {:.0} s", began.elapsed().as_secs_f64());
